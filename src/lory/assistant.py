@@ -1,0 +1,105 @@
+"""`lory.load(MODEL)`: a model with its adapter, its tokenizer, and a way to talk to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from lory.adapters.files import load_adapter
+from lory.data.templates import render_prompt
+from lory.generate import GenerationOptions, default_options, generate_ids, stream_text
+from lory.models.load import DtypeName, load_model, load_tokenizer, terminators
+from lory.models.resolve import resolve
+from lory.runtime import UsageError
+from lory.types import ROLES, Message, Role
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Messages = str | Sequence[Mapping[str, str]]
+
+
+class Assistant:
+    """A model that answers messages.
+
+    Attributes:
+        model: the transformers model, adapter attached.
+        tokenizer: the tokenizer, whose chat template renders every prompt.
+        options: the model's own decoding options.
+        terminators: token ids that end an answer.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "") -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        self.options = default_options(model)
+        self.terminators = terminators(model.generation_config, tokenizer)
+
+    def prompt_ids(self, messages: Messages) -> list[int]:
+        """The tokens the model is fed to answer `messages`, the same as in training."""
+        return render_prompt(self.tokenizer, parse_messages(messages))
+
+    def stream(self, messages: Messages, options: GenerationOptions | None = None) -> Iterator[str]:
+        """Yield the answer's text as it comes; closing the iterator stops the model."""
+        prompt = self.prompt_ids(messages)
+        yield from stream_text(self.model, self.tokenizer, prompt, options or self.options, self.terminators)
+
+    def chat(self, messages: Messages, options: GenerationOptions | None = None) -> str:
+        """The answer to `messages`: a question, or a list of ``{"role": ..., "content": ...}``."""
+        return self._decode(self.answer_ids(messages, options))
+
+    def answer_ids(self, messages: Messages, options: GenerationOptions | None = None) -> list[int]:
+        """The answer as token ids, without its terminator."""
+        return generate_ids(self.model, self.prompt_ids(messages), options or self.options, self.terminators)
+
+    def generate(self, text: str, options: GenerationOptions | None = None) -> str:
+        """What the model writes after `text`, which is fed as it is, without a chat template."""
+        if not (ids := self.tokenizer(text)["input_ids"]):
+            raise UsageError("An empty text was given; there is nothing to continue.")
+        return self._decode(generate_ids(self.model, ids, options or self.options, self.terminators))
+
+    def _decode(self, ids: list[int]) -> str:
+        return cast("str", self.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def parse_messages(messages: Messages) -> list[Message]:
+    """OpenAI's message dicts, or a single question, as `Message`s.
+
+    Raises:
+        UsageError: a message lacks its role or content, or has an unknown role.
+    """
+    if isinstance(messages, str):
+        return [Message("user", messages)]
+    parsed = []
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES or not isinstance(content, str):
+            raise UsageError(
+                f"{dict(message)!r} was given; a message is {{'role': {'|'.join(ROLES)}, 'content': text}}."
+            )
+        parsed.append(Message(cast("Role", role), content))
+    if not parsed:
+        raise UsageError("No messages were given; there is nothing to answer.")
+    return parsed
+
+
+def load(
+    model: str | Path, dtype: DtypeName = "auto", device: str | None = None, trust_remote_code: bool = False
+) -> Assistant:
+    """Load a MODEL (a run, a checkpoint, an adapter or model folder, a hub id, `smollm2`) ready to chat.
+
+    Args:
+        dtype: precision of the base weights; auto is float32 on a CPU and bfloat16 on a GPU.
+        device: where it runs, such as `cpu` or `cuda:1`; by default the accelerator where there is one.
+
+    Raises:
+        UsageError: there is no such model, or its files are broken.
+    """
+    resolved = resolve(model)
+    loaded = load_model(resolved, dtype, torch.device(device) if device else None, trust_remote_code)
+    if resolved.adapter:
+        load_adapter(loaded, resolved.adapter)
+    return Assistant(loaded, load_tokenizer(resolved, trust_remote_code), resolved.name)

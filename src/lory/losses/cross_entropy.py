@@ -1,0 +1,89 @@
+"""Cross-entropy of a language model without ever holding all its logits.
+
+The logits of a batch are its largest tensor by far (tokens x vocabulary, 49,152 for SmolLM2). They are made here for
+the learnt positions only, a chunk at a time, and their gradient is taken at once, chunk by chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lory.types import IGNORE
+
+Head = Callable[[Tensor], Tensor]
+
+# A chunk's fp32 logits take CHUNK_TOKENS x V x 4 bytes: 50 MB for V = 49,152, 260 MB for V = 256,000
+CHUNK_TOKENS = 256
+
+
+class LossSum(NamedTuple):
+    """Sums over the learnt tokens, which the caller divides by the weight of all ranks and micro-batches."""
+
+    loss: Tensor
+    """() sum of -log p(token), with its gradient."""
+    correct: Tensor
+    """() how many tokens the model would have chosen itself."""
+    weight: Tensor
+    """() how many tokens were learnt."""
+
+
+def cross_entropy(
+    hidden: Tensor, head: Head, labels: Tensor, parameters: Sequence[Tensor] = (), chunk_tokens: int = CHUNK_TOKENS
+) -> LossSum:
+    """Sum over learnt tokens of -log softmax(head(hidden))[label].
+
+    Args:
+        hidden: (N, H) states, each of which predicts the label at its own index (already shifted).
+        head: (n, H) -> (n, V) logits, scaling and soft-capping included.
+        labels: (N) token ids, `IGNORE` where nothing is learnt.
+        parameters: the head's own trainable tensors; they get a gradient, too.
+        chunk_tokens: how many positions' logits exist at a time.
+
+    Returns:
+        The sums. Where nothing is learnt the loss is a zero that keeps the graph.
+    """
+    learnt = labels != IGNORE
+    chosen, targets = hidden[learnt], labels[learnt]
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    loss, correct = _ChunkedCrossEntropy.apply(chosen, targets, head, chunk_tokens, *trainable)
+    return LossSum(loss, correct, learnt.sum())
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        needs_grad = any(ctx.needs_input_grad)
+        grad_hidden = torch.zeros_like(hidden) if needs_grad else None
+        grad_parameters = [torch.zeros_like(parameter) for parameter in parameters] if needs_grad else []
+        loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        correct = torch.zeros((), dtype=torch.long, device=hidden.device)
+        for start in range(0, len(targets), chunk_tokens):
+            here = slice(start, start + chunk_tokens)
+            with torch.set_grad_enabled(needs_grad):
+                states = hidden[here].detach().requires_grad_(needs_grad)
+                logits = head(states)
+                logits = logits.to(loss.dtype)
+                chunk_loss = F.cross_entropy(logits, targets[here], reduction="sum")
+            loss += chunk_loss.detach()
+            correct += (logits.detach().argmax(-1) == targets[here]).sum()
+            if grad_hidden is not None:
+                grads = torch.autograd.grad(chunk_loss, [states, *parameters])
+                grad_hidden[here] = grads[0]
+                for total, grad in zip(grad_parameters, grads[1:], strict=True):
+                    total += grad
+        ctx.mark_non_differentiable(correct)
+        ctx.save_for_backward(*([grad_hidden, *grad_parameters] if grad_hidden is not None else []))
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # the loss is a sum, so its gradient only has to be scaled by what comes from above
+        grad_hidden, *grad_parameters = (grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
+        return grad_hidden, None, None, None, *grad_parameters

@@ -1,0 +1,121 @@
+"""Loading a causal language model and its tokenizer, with the errors a user can act on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from pydantic import Field
+
+from lory.config import Section
+from lory.models.resolve import Resolved
+from lory.runtime import UsageError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    path: str = Field("smollm2", description="A model folder, a hub id, or smollm2.")
+    dtype: DtypeName = Field(
+        "auto", description="Precision of the base weights; auto is float32 on a CPU, bfloat16 on a GPU that has it."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with the model: only if you read it."
+    )
+
+
+def default_device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            return accelerator
+    return torch.device("cpu")
+
+
+def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
+    """The torch dtype for a config's name; `auto` is the widest that is fast on the device."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.float32
+
+
+def load_model(
+    resolved: Resolved, dtype: DtypeName = "auto", device: torch.device | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The base model of `resolved` on `device`, in eval mode, without its adapter.
+
+    Raises:
+        UsageError: the folder is not a causal language model that transformers knows, or its files are broken.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    device = device or default_device()
+    path = resolved.base_path
+    if not (path / "config.json").exists():
+        raise UsageError(f"{path} has no config.json; it is not a model folder.")
+    if not any(path.glob("*.safetensors")):
+        raise UsageError(f"{path} has no .safetensors weights; pickled ones (.bin) are not read: convert them first.")
+    transformers_logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=choose_dtype(dtype, device),
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UsageError(f"{path} could not be loaded as a causal language model: {_first_line(error)}") from error
+    finally:
+        transformers_logging.enable_progress_bar()
+    if missing := sorted(report["missing_keys"]):
+        raise UsageError(f"{path} lacks {len(missing)} of the model's weights, {missing[0]} among them.")
+    return model.to(device).eval()
+
+
+def load_tokenizer(resolved: Resolved, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved with the adapter, else the base model's."""
+    from transformers import AutoTokenizer
+
+    path = resolved.tokenizer_path
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError, RuntimeError) as error:
+        raise UsageError(f"The tokenizer in {path} could not be loaded: {_first_line(error)}") from error
+
+
+def load_generation_config(resolved: Resolved) -> GenerationConfig:
+    """What the model's folder says of decoding; without generation_config.json, what its config.json implies."""
+    from transformers import AutoConfig, GenerationConfig
+
+    if (resolved.base_path / "generation_config.json").exists():
+        return GenerationConfig.from_pretrained(resolved.base_path)
+    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(resolved.base_path))
+
+
+def terminators(generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The token ids that end an answer: the model's own list, and the tokenizer's end of sequence."""
+    configured = generation_config.eos_token_id if generation_config else None
+    ids = [configured] if isinstance(configured, int) else list(configured or [])
+    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ids:
+        ids.append(tokenizer.eos_token_id)
+    if not ids:
+        raise UsageError(f"{tokenizer.name_or_path} names no end-of-sequence token, so an answer could never end.")
+    return tuple(ids)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,58 @@
+"""The optimizer and its learning-rate schedule, and the part of the config that sets them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from lory.config import Section
+
+
+class TrainConfig(Section):
+    """The training run."""
+
+    epochs: int = Field(3, ge=1, description="How often the data is gone through.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps, whatever epochs says.")
+    batch_size: int = Field(4, ge=1, description="Rows (packed) or samples (not packed) of a forward pass.")
+    accumulate: int = Field(1, ge=1, description="Forward passes to an optimizer step.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="How the learning rate goes from its peak to 0 (constant: it stays)."
+    )
+    warmup: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the rate rises to its peak.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are scaled down to this norm; 0 is no limit.")
+    seed: int = Field(0, ge=0, description="Seed of initialisation, order and dropout.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
+    log_every_steps: int = Field(10, ge=1, description="Optimizer steps between log lines.")
+    eval_every_steps: int = Field(500, ge=1, description="Optimizer steps between evaluations.")
+    save_every_steps: int = Field(500, ge=1, description="Optimizer steps between checkpoints.")
+    keep_checkpoints: int = Field(2, ge=1, description="The newest checkpoints that are kept, beside the best.")
+    early_stop_evals: int | None = Field(
+        None, ge=1, description="Stop when so many evaluations in a row brought no lower loss."
+    )
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over what is trainable; vectors (norms, biases) are not decayed."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> LambdaLR:
+    """The learning rate as a function of the step alone."""
+    from transformers import get_scheduler
+
+    names = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+    warmup_steps = round(config.warmup * total_steps)
+    return get_scheduler(
+        names[config.schedule], optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps
+    )

@@ -1,0 +1,216 @@
+"""A run: from a config to trained weights in a folder of its own, or on from one of its checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lory.adapters.inject import Match, attach_lora
+from lory.config import apply_overrides, build
+from lory.data.dataset import Dataset, build_dataset
+from lory.data.packing import efficiency
+from lory.models.attention import keeps_documents_apart
+from lory.models.load import default_device, load_generation_config, load_model, load_tokenizer, terminators
+from lory.models.matmul import choose_fp32_matmul
+from lory.models.resolve import Resolved, find_checkpoint, find_run, list_checkpoints, resolve
+from lory.runtime import UsageError, lock_file, log
+from lory.training.checkpoint import Parts, Position, load_checkpoint
+from lory.training.config import Config, read_config
+from lory.training.folder import check_resumable, describe_run, make_folder
+from lory.training.loop import Loop, Plan, count_steps, plan_rows
+from lory.training.monitor import Monitor
+from lory.training.optim import build_optimizer, build_schedule
+from lory.training.plots import plot_runs
+from lory.training.step import Objective
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A config whose model has been found and whose data has been read, before any weight is loaded."""
+
+    config: Config
+    resolved: Resolved
+    tokenizer: PreTrainedTokenizerBase
+    dataset: Dataset
+
+    def plan(self, processes: int = 1) -> Plan:
+        """Which samples are learnt together."""
+        data, train = self.config.data, self.config.train
+        rows = plan_rows(self.dataset.train, data.packing, data.max_tokens)
+        return Plan(rows, train.batch_size, train.accumulate, processes, train.seed)
+
+    def report(self, plan: Plan) -> dict[str, Any]:
+        """data.json: what became of every source, and how its samples are laid out."""
+        lengths = [len(sample) for sample in self.dataset.train]
+        packing = self.config.data.packing
+        share = efficiency(plan.rows, lengths, self.config.data.max_tokens) if packing else None
+        return {
+            **self.dataset.report(),
+            "rows": len(plan.rows),
+            "packing_efficiency": share,
+            "steps": count_steps(self.config.train, plan),
+        }
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run left behind."""
+
+    folder: Path
+    steps: int
+    best_step: int | None
+    best_loss: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {**vars(self), "folder": str(self.folder)}
+
+
+def prepare(config: Config) -> Prepared:
+    """Find the model, read and encode the data.
+
+    Raises:
+        UsageError: no such model, bad data, or nothing to learn.
+    """
+    resolved = resolve(config.model.path)
+    if resolved.adapter:
+        raise UsageError(
+            f"model.path is '{config.model.path}', which carries an adapter; merge it first (lory merge "
+            f"{config.model.path} OUT) and train on the merged model, or go on with that run by --resume."
+        )
+    tokenizer = load_tokenizer(resolved, config.model.trust_remote_code)
+    ends = terminators(load_generation_config(resolved), tokenizer)
+    return Prepared(config, resolved, tokenizer, build_dataset(config.data, tokenizer, ends, config.train.seed))
+
+
+def train(
+    config: Config | Mapping[str, Any] | str | Path, overrides: Sequence[str] = (), resume: str | None = None
+) -> RunResult:
+    """Train as `config` says.
+
+    Args:
+        config: a `Config`, its values as a mapping, a YAML file, a bundled config's name, or a run's folder.
+        overrides: ``section.field=value`` each.
+        resume: `last`, `best` or a checkpoint's name: go on from there, in the run's own folder, exactly as if it had
+            never stopped.
+
+    Raises:
+        UsageError: wrong config or data, or a resumption that would not be true.
+        LoryError: it failed while running, or was interrupted (then a checkpoint was written).
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import broadcast_object_list
+
+    run: Path | None = None
+    if isinstance(config, str | Path):
+        config, run = read_config(config, overrides)
+    elif not isinstance(config, Config):
+        config = build(Config, apply_overrides(config, overrides), "config")
+    accelerator = Accelerator(cpu=default_device().type == "cpu")
+    prepared = prepare(config)
+    names: list[str] = [""]
+    if accelerator.is_main_process:
+        names = [str((run or find_run(Path(config.output))) if resume else make_folder(Path(config.output)))]
+    folder = Path(broadcast_object_list(names)[0])
+    with contextlib.ExitStack() as stack:
+        if accelerator.is_main_process:
+            in_use = f"{folder} is in use by another training; wait until it has ended."
+            stack.enter_context(lock_file(folder / ".lock", wait=False, in_use=in_use))
+        return _train_in(folder, prepared, accelerator, resume)
+
+
+def _train_in(folder: Path, prepared: Prepared, accelerator: Accelerator, resume: str | None) -> RunResult:
+    from accelerate.utils import set_seed
+
+    config = prepared.config
+    plan = prepared.plan(accelerator.num_processes)
+    report = prepared.report(plan)
+    if resume:
+        check_resumable(folder, config, report)
+    elif accelerator.is_main_process:
+        describe_run(folder, config, report, accelerator.num_processes)
+    log.info("%s", choose_fp32_matmul(accelerator.device))
+    set_seed(config.train.seed)
+    model, matches = build_model(prepared, accelerator)
+    padded = _must_pad(model, config.data.packing)
+    objective = Objective(model)
+    optimizer = build_optimizer(model, config.train)
+    total = count_steps(config.train, plan)
+    schedule = build_schedule(optimizer, config.train, total)
+    parts = Parts(model, prepared.tokenizer, prepared.resolved.base, optimizer, schedule, accelerator)
+    position = _find_position(folder, resume, parts)
+    log.info("%s", summarise(prepared, matches, report))
+    with contextlib.ExitStack() as stack:
+        monitor = None
+        if accelerator.is_main_process:
+            every = config.train.log_every_steps
+            monitor = stack.enter_context(Monitor(folder, total, position.step, every))
+        wrapped = accelerator.prepare_model(objective) if accelerator.num_processes > 1 else objective
+        loop = Loop(folder, config, wrapped, parts, plan, prepared.dataset, padded, monitor)
+        loop.run(position)
+    if accelerator.is_main_process:
+        plot_runs([folder], folder / "plots")
+    return RunResult(folder, position.step, position.best_step, position.best_loss)
+
+
+def build_model(prepared: Prepared, accelerator: Accelerator) -> tuple[PreTrainedModel, list[Match]]:
+    """The base model with a fresh adapter."""
+    config = prepared.config
+    model = load_model(prepared.resolved, config.model.dtype, accelerator.device, config.model.trust_remote_code)
+    matches = attach_lora(model, config.adapter)
+    if config.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, matches
+
+
+def _must_pad(model: PreTrainedModel, packing: bool) -> bool:
+    """Whether batches have to be padded, since the model cannot keep documents in one row apart."""
+    if keeps_documents_apart(model):
+        return False
+    if packing:
+        raise UsageError(
+            f"{type(model).__name__} cannot keep packed samples apart (they would see each other); set data.packing to "
+            "false."
+        )
+    log.warning("%s needs padded batches, which cost time on short samples.", type(model).__name__)
+    return True
+
+
+def _find_position(folder: Path, resume: str | None, parts: Parts) -> Position:
+    if not resume:
+        return Position()
+    if resume == "last" and not list_checkpoints(folder):
+        log.warning("%s has no checkpoint yet, so it starts from the beginning.", folder)
+        return Position()
+    checkpoint = find_checkpoint(folder, resume)
+    position = load_checkpoint(checkpoint, parts)
+    log.info("Going on from %s, after step %d.", checkpoint, position.step)
+    return position
+
+
+def summarise(prepared: Prepared, matches: Sequence[Match], report: Mapping[str, Any]) -> str:
+    """What is about to be trained, in a few lines."""
+    names = Counter(match.name.rpartition(".")[2] for match in matches)
+    learnt = sum(match.parameters for match in matches)
+    lines = [f"{prepared.resolved.name}: {learnt:,} trained parameters in {len(matches)} layers ("]
+    lines[0] += ", ".join(f"{name} x {count}" for name, count in names.items()) + ")"
+    for source in report["sources"]:
+        samples = source["samples"]
+        lines.append(
+            f"  {source['name']}: {source['read']:,} read, {samples['train']:,} to train on, {samples['eval']:,} to "
+            f"evaluate on, {source['tokens']:,} tokens, {source['supervised_tokens']:,} learnt"
+        )
+        lines += [f"    dropped {count:,}: {reason}" for reason, count in source["dropped"].items()]
+        lines += [f"    note: {note}" for note in source["notes"]]
+    packed = report["packing_efficiency"]
+    full = f", {packed:.1%} full" if packed is not None else ""
+    lines.append(f"  {report['rows']:,} rows{full}, {report['steps']:,} optimizer steps")
+    return "\n".join(lines)
