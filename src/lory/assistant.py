@@ -9,7 +9,7 @@ import torch
 
 from lory.adapters.files import load_adapter
 from lory.data.templates import render_prompt
-from lory.generate import GenerationOptions, default_options, generate_ids, stream_text
+from lory.generate import GenerationOptions, decode_text, default_options, generate_ids, stream_text
 from lory.models.load import DtypeName, load_model, load_tokenizer, terminators
 from lory.models.resolve import resolve
 from lory.runtime import UsageError
@@ -49,7 +49,7 @@ class Assistant:
 
     def chat(self, messages: Messages, options: GenerationOptions | None = None) -> str:
         """The answer to `messages`: a question, or a list of ``{"role": ..., "content": ...}``."""
-        return self._decode(self.answer_ids(messages, options))
+        return decode_text(self.tokenizer, self.answer_ids(messages, options))
 
     def answer_ids(self, messages: Messages, options: GenerationOptions | None = None) -> list[int]:
         """The answer as token ids, without its terminator."""
@@ -59,10 +59,7 @@ class Assistant:
         """What the model writes after `text`, which is fed as it is, without a chat template."""
         if not (ids := self.tokenizer(text)["input_ids"]):
             raise UsageError("An empty text was given; there is nothing to continue.")
-        return self._decode(generate_ids(self.model, ids, options or self.options, self.terminators))
-
-    def _decode(self, ids: list[int]) -> str:
-        return cast("str", self.tokenizer.decode(ids, skip_special_tokens=True))
+        return decode_text(self.tokenizer, generate_ids(self.model, ids, options or self.options, self.terminators))
 
 
 def parse_messages(messages: Messages) -> list[Message]:
@@ -96,10 +93,26 @@ def load(
         device: where it runs, such as `cpu` or `cuda:1`; by default the accelerator where there is one.
 
     Raises:
-        UsageError: there is no such model, or its files are broken.
+        UsageError: there is no such model, its files are broken, or there is no such device.
     """
+    place = check_device(device) if device else None
     resolved = resolve(model)
-    loaded = load_model(resolved, dtype, torch.device(device) if device else None, trust_remote_code)
+    loaded = load_model(resolved, dtype, place, trust_remote_code)
     if resolved.adapter:
         load_adapter(loaded, resolved.adapter)
     return Assistant(loaded, load_tokenizer(resolved, trust_remote_code), resolved.name)
+
+
+def check_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    try:
+        # `item` finds out devices that hold no numbers, as meta
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise UsageError(f"The device '{name}' cannot be used here: {reason}.") from error
+    return torch.device(name)

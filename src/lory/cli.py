@@ -64,6 +64,8 @@ def train(
     """Train an adapter as CONFIG says, or go on with a run."""
     from lory.training import run
 
+    if dry_run and resume:
+        raise UsageError("Both --dry-run and --resume were given; use one of them.")
     if dry_run:
         from lory.training.config import read_config
 
@@ -107,9 +109,10 @@ def _preview(prepared: Prepared, samples: int, as_json: bool, with_config: bool)
         described = [describe_sample(sample, prepared.tokenizer) for sample in shown]
         _print_json({**config, "samples": described, "data": report, "memory_bytes": memory})
         return
-    console = Console(highlight=False, soft_wrap=True)
+    # what is shown is the user's own text, in which [b] and :cat: are no markup
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     if with_config:
-        console.print(dump_yaml(prepared.config), markup=False)
+        console.print(dump_yaml(prepared.config))
     for sample in shown:
         console.print(show_sample(sample, prepared.tokenizer), end="\n\n")
         console.print(f"{len(sample)} tokens, {sample.supervised} learnt (in ⟦ ⟧)\n", style="cyan")
@@ -117,13 +120,12 @@ def _preview(prepared: Prepared, samples: int, as_json: bool, with_config: bool)
         counts = source["samples"]
         console.print(
             f"{source['name']}: {source['read']:,} read, {counts['train']:,} to train on, {counts['eval']:,} to "
-            f"evaluate on, {source['tokens']:,} tokens, {source['supervised_tokens']:,} learnt",
-            markup=False,
+            f"evaluate on, {source['tokens']:,} tokens, {source['supervised_tokens']:,} learnt"
         )
         for reason, number in source["dropped"].items():
-            console.print(f"  dropped {number:,}: {reason}", markup=False)
+            console.print(f"  dropped {number:,}: {reason}")
         for note in source["notes"]:
-            console.print(f"  note: {note}", markup=False)
+            console.print(f"  note: {note}")
     console.print(f"{report['rows']:,} rows, {report['steps']:,} optimizer steps")
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.2f}" for name, size in memory.items() if name != "total")
     console.print(f"memory, roughly: {memory['total'] / 1e9:.2f} GB ({parts})")
@@ -182,7 +184,8 @@ def _progress(title: str) -> Any:
 
     @contextlib.contextmanager
     def bar() -> Any:
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task(title, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
 
@@ -215,11 +218,13 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Give the embedded model a new identity on a CPU, and show what it says before and after."""
-    from lory.training.demo import run_demo
+    from lory.training.demo import describe_demo, run_demo
 
     result = run_demo(name, author, out)
     if as_json:
         _print_json(result.to_dict())
+    else:
+        print(describe_demo(result.folder, out))
 
 
 @configs_app.command("list")
@@ -255,7 +260,10 @@ def copy_config(
     target = folder / f"{name}.yaml"
     if target.exists():
         raise UsageError(f"{target} exists already; delete it first, or choose another folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{folder} is no folder and cannot be made one: {error.strerror}.") from error
     write_text(target, bundled[name])
     print(target)
 
@@ -297,14 +305,11 @@ def main() -> None:
     log.addHandler(handler)
     log.propagate = False
     try:
-        app()
+        app(prog_name="lory")
     except LoryError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        sys.exit(1)
-    except BrokenPipeError:
-        # the reader of our output (head, less) has gone, which is no error of ours
-        sys.stderr.close()
-        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -27,27 +27,34 @@ class Section(BaseModel):
 
 S = TypeVar("S", bound=Section)
 
+# pydantic puts the branch of a union between the keys; only real keys and positions are the user's
+_UNION_TAG = re.compile(r"(str|int|float|bool|(list|dict|tuple|set|literal)\[.*\]|(function|tagged|constrained)-.*)$")
+
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 2e-4 is a number (YAML 1.1 wants 2.0e-4) and a key given twice is an error."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, str) and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' stands twice", key_node.start_mark
-                )
-            seen.add(key if isinstance(key, str) else None)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.composer.ComposerError(None, None, f"the key '{key.value}' stands twice", key.start_mark)
+                seen.add(key.value)
+        return node
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """What it writes, `_Loader` reads back: the text '2e-4' is put in quotes."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
+        list("-+0123456789"),
+    )
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -58,7 +65,10 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         at = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UsageError(f"{where}{at} is not valid YAML: {problem}.") from error
+        raise UsageError(f"{where}{at} is not valid YAML: {problem.rstrip('.')}.") from error
+    except (ValueError, RecursionError) as error:
+        # PyYAML lets these through, as for the date 2026-13-45
+        raise UsageError(f"{where} is not valid YAML: {error}.") from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -109,7 +119,9 @@ def _copy(value: Any) -> Any:
 
 
 def _index(place: list[Any], key: str, name: str) -> int:
-    if not key.isdigit() or int(key) >= len(place):
+    if not place:
+        raise UsageError(f"'{name}' was given, but that list is empty; give it whole, as in [a, b].")
+    if not key.isdecimal() or int(key) >= len(place):
         raise UsageError(f"'{name}' was given; '{key}' should be a position from 0 to {len(place) - 1} in that list.")
     return int(key)
 
@@ -137,8 +149,7 @@ def build(model: type[S], values: Mapping[str, Any], where: str) -> S:
 
 
 def _explain(model: type[BaseModel], detail: ErrorDetails) -> str:
-    # pydantic puts the tag of a union between the keys; only real keys and positions are the user's
-    path = [str(part) for part in detail["loc"] if not str(part).startswith(("function-", "tagged-"))]
+    path = [str(part) for part in detail["loc"] if not _UNION_TAG.match(str(part))]
     name = ".".join(path)
     if detail["type"] == "extra_forbidden":
         owner, key = path[:-1], path[-1]
@@ -148,7 +159,7 @@ def _explain(model: type[BaseModel], detail: ErrorDetails) -> str:
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     given = detail["input"]
     shown = repr(given) if not isinstance(given, dict | list) else f"a {type(given).__name__}"
-    return f"'{name}' was given {shown}: {message[:1].lower()}{message[1:]}."
+    return f"'{name}' was given {shown}: {message[:1].lower()}{message[1:].rstrip('.')}."
 
 
 def _suggest(model: type[BaseModel], owner: list[str], key: str) -> str:
@@ -192,4 +203,5 @@ def _find_section(annotation: Any) -> type[BaseModel] | None:
 
 def dump_yaml(section: BaseModel) -> str:
     """The section as YAML that `build` reads back to an equal section."""
-    return yaml.safe_dump(section.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    values = section.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

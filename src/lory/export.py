@@ -12,7 +12,8 @@ import torch
 
 from lory.adapters.files import load_adapter
 from lory.adapters.merge import MergeReport, merge_shards
-from lory.models.load import default_device, load_model
+from lory.assistant import check_device
+from lory.models.load import default_device, load_config, load_model
 from lory.models.resolve import Resolved, resolve
 from lory.runtime import LoryError, UsageError, log, write_aside
 
@@ -64,50 +65,51 @@ def merge(
         raise UsageError(f"'{model}' carries no adapter, so there is nothing to merge.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists already; choose another folder, or delete it first.")
-    _check_device(device)
+    check_device(device)
     with contextlib.ExitStack() as stack:
         aside = stack.enter_context(write_aside(out))
         report = merge_shards(resolved.base_path, resolved.adapter, aside, dtype, max_shard_bytes, device, progress)
         log.info("Comparing the merged model with base and adapter ...")
-        difference = compare(resolved, aside)
+        difference = compare(resolved, resolved.adapter, aside)
     return Merged(out, report, difference)
 
 
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device is '{device}', which cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-def compare(resolved: Resolved, merged: Path) -> float:
+def compare(resolved: Resolved, adapter: Path, merged: Path) -> float:
     """The largest difference of logits between base plus adapter and the merged model, relative to the largest logit.
 
+    All is computed in the precision that `auto` gives: fp32 on a CPU, whatever is stored.
+
     Raises:
-        LoryError: it is larger than rounding explains.
+        LoryError: it is larger than rounding explains, or rounding has swallowed what the adapter does.
     """
     device = default_device()
     prompts = _random_prompts(resolved, device)
     separate = load_model(resolved, "auto", device)
-    if resolved.adapter is None:
-        raise ValueError("nothing to compare with: there is no adapter")
-    load_adapter(separate, resolved.adapter)
+    base = _logits(separate, prompts)
+    load_adapter(separate, adapter)
     expected = _logits(separate, prompts)
     del separate
     together = load_model(Resolved(str(merged), str(merged), merged, None), "auto", device)
-    stored = _stored_dtype(merged)
-    found = _logits(together, prompts)
-    difference = max(
-        float((a - b).abs().max() / b.abs().max().clamp(min=1e-6)) for a, b in zip(found, expected, strict=True)
-    )
+    difference, effect = _distance(_logits(together, prompts), expected), _distance(base, expected)
     # what is computed with and what is stored both round; the coarser one decides
-    limit = max(_TOLERANCES[together.dtype], _TOLERANCES[stored])
+    limit = max(_TOLERANCES[together.dtype], _TOLERANCES[_stored_dtype(merged)])
     if not difference <= limit:
         raise LoryError(
             f"The merged model differs from base and adapter by {difference:.1e} of its largest logit (rounding "
             f"explains {limit:.0e}), so it was not kept; try --dtype float32."
         )
+    if difference > max(effect / 2, _TOLERANCES[torch.float32]):
+        raise LoryError(
+            f"The adapter changes the logits by {effect:.1e} of the largest, and rounding the merged weights changes "
+            f"them by {difference:.1e}, so the merged model was not kept: try --dtype float32."
+        )
     return difference
+
+
+def _distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    ratios = [(a - b).abs().max() / b.abs().max().clamp(min=1e-6) for a, b in zip(found, expected, strict=True)]
+    # torch's maximum of a NaN is NaN, Python's may be a number
+    return float(torch.stack(ratios).max())
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
@@ -123,9 +125,7 @@ def _stored_dtype(folder: Path) -> torch.dtype:
 
 
 def _random_prompts(resolved: Resolved, device: torch.device) -> list[torch.Tensor]:
-    from transformers import AutoConfig
-
-    vocabulary = AutoConfig.from_pretrained(resolved.base_path).get_text_config().vocab_size
+    vocabulary = load_config(resolved.base_path).get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(vocabulary, (1, length), generator=generator).to(device) for length in (1, 7, 32)]
 

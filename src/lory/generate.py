@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import queue
 import threading
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from pydantic import Field
 
-from lory.config import Section
+from lory.config import Section, build
 from lory.runtime import LoryError, UsageError
 
 if TYPE_CHECKING:
@@ -35,11 +36,14 @@ class GenerationOptions(Section):
 
 
 def default_options(model: PreTrainedModel) -> GenerationOptions:
-    """The decoding options that the model's own generation_config.json sets."""
+    """The decoding options that the model's own generation_config.json sets.
+
+    Raises:
+        UsageError: one of them cannot be, such as a temperature of 0.
+    """
     own = model.generation_config.to_diff_dict() if model.generation_config else {}
-    return GenerationOptions(
-        **{name: own[name] for name in GenerationOptions.model_fields if own.get(name) is not None}
-    )
+    values = {name: own[name] for name in GenerationOptions.model_fields if own.get(name) is not None}
+    return build(GenerationOptions, values, f"generation_config.json of {model.name_or_path}")
 
 
 def generation_arguments(
@@ -57,10 +61,34 @@ def generation_arguments(
         "no_repeat_ngram_size": options.no_repeat_ngram_size,
         "eos_token_id": list(terminators),
         "pad_token_id": terminators[0],
+        # a model's own generation_config.json must bring neither a second limit nor a search that cannot be streamed
+        "max_length": None,
+        "num_beams": 1,
     }
     # given without do_sample, these only bring warnings
     drawing = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     return arguments | (drawing if options.do_sample else dict.fromkeys(drawing))
+
+
+def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of an answer's tokens, marks such as an end of sequence left out and nothing else changed."""
+    return cast("str", tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def decode_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
+    """Yield the text of tokens as they come, in whole characters; joined it is `decode_text` of all of them."""
+    ids: list[int] = []
+    # ids[:end] were yielded; ids[start:end] are decoded once more, since many tokenizers drop a text's first space
+    start = end = 0
+    for token in tokens:
+        ids.append(token)
+        said, text = decode_text(tokenizer, ids[start:end]), decode_text(tokenizer, ids[start:])
+        # the replacement character is a character whose other bytes are still to come
+        if len(text) > len(said) and not text.endswith("\ufffd"):
+            yield text[len(said) :]
+            start, end = end, len(ids)
+    if rest := decode_text(tokenizer, ids[start:])[len(decode_text(tokenizer, ids[start:end])) :]:
+        yield rest
 
 
 def stream_text(
@@ -75,18 +103,27 @@ def stream_text(
     Raises:
         LoryError: the generation failed; the sentence says how.
     """
-    from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+    from transformers import StoppingCriteria, StoppingCriteriaList
+    from transformers.generation import BaseStreamer
 
     stop = threading.Event()
+    tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    arguments = generation_arguments(model, len(prompt_ids), options, terminators)
+    input_ids = torch.tensor([list(prompt_ids)], device=model.device)
+    failures: list[Exception] = []
 
     class Stopped(StoppingCriteria):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
             return torch.full((len(input_ids),), stop.is_set(), dtype=torch.bool, device=input_ids.device)
 
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    arguments = generation_arguments(model, len(prompt_ids), options, terminators)
-    input_ids = torch.tensor([list(prompt_ids)], device=model.device)
-    failures: list[Exception] = []
+    class Streamer(BaseStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            # (1,) for an answer's token; the prompt, (1, T), comes first
+            if value.ndim == 1 and int(value) not in terminators:
+                tokens.put(int(value))
+
+        def end(self) -> None:
+            """`run` tells the reader, in whatever way the generation ends."""
 
     def run() -> None:
         try:
@@ -96,7 +133,7 @@ def stream_text(
                 model.generate(
                     input_ids,
                     attention_mask=torch.ones_like(input_ids),
-                    streamer=streamer,
+                    streamer=Streamer(),
                     stopping_criteria=StoppingCriteriaList([Stopped()]),
                     **arguments,
                 )
@@ -104,19 +141,17 @@ def stream_text(
             failures.append(error)
         finally:
             # also after a failure, else the reader would wait for ever
-            streamer.text_queue.put(streamer.stop_signal)
+            tokens.put(None)
 
     thread = threading.Thread(target=run, name="lory-generate", daemon=True)
     thread.start()
     try:
-        for piece in streamer:
-            if piece:
-                yield piece
+        yield from decode_pieces(tokenizer, iter(tokens.get, None))
     finally:
         stop.set()
         thread.join()
     if failures:
-        raise LoryError(f"The answer could not be generated: {failures[0]}.") from failures[0]
+        raise LoryError(f"The answer could not be generated: {str(failures[0]).rstrip('.')}.") from failures[0]
 
 
 def generate_ids(

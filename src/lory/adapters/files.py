@@ -34,6 +34,12 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []),
     "use_qalora": (False, None),
     "exclude_modules": (None, [], ""),
+    "use_bdlora": (False, None),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    # the other ways to start (pissa, olora, corda, loftq, ...) change the base, and so are no adapters to the plain one
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 
 

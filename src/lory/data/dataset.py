@@ -53,7 +53,10 @@ class EncodedSource:
     source: SourceData
     train: list[Sample] = field(default_factory=list)
     eval: list[Sample] = field(default_factory=list)
+    kept: int = 0
+    """Conversations that gave a sample."""
     dropped: Counter[str] = field(default_factory=Counter)
+    """Records that gave none, by reason; with `kept` they add up to the records that were read (or drawn)."""
     notes: list[str] = field(default_factory=list)
 
     def report(self) -> dict[str, Any]:
@@ -63,7 +66,7 @@ class EncodedSource:
             "name": self.name,
             "path": self.config.path,
             "read": self.source.read,
-            "kept": len(self.source.conversations),
+            "kept": self.kept,
             "dropped": dict(self.dropped),
             "notes": [*self.source.notes, *self.notes],
             "samples": {"train": len(self.train), "eval": len(self.eval)},
@@ -131,8 +134,8 @@ def build_dataset(
     parts = _split(sources, held_out, config.eval_fraction, seed)
     for source, train, evaluation in parts:
         encoder = Encoder(tokenizer, terminators, config.max_tokens, config.on_long, config.loss_on)
-        source.train = [sample for conversation in train for sample in encoder.encode(conversation)]
-        source.eval = [sample for conversation in evaluation for sample in encoder.encode(conversation)]
+        source.train = _encode_all(train, encoder, source)
+        source.eval = _encode_all(evaluation, encoder, source)
         source.dropped.update(source.source.dropped)
         source.dropped.update(encoder.dropped)
         source.notes += [f"{what}: {count}" for what, count in encoder.notes.items()]
@@ -141,9 +144,19 @@ def build_dataset(
         reasons = Counter[str]()
         for source in dataset.sources:
             reasons.update(source.dropped)
-        why = "; ".join(f"{reason}: {count}" for reason, count in reasons.items()) or "no sample has an answer"
+        why = "; ".join(f"{reason}: {count}" for reason, count in reasons.items())
+        why = why or "all of its conversations are kept for evaluation"
         raise UsageError(f"No token is left to learn from data.train ({why}).")
     return dataset
+
+
+def _encode_all(conversations: Sequence[Conversation], encoder: Encoder, source: EncodedSource) -> list[Sample]:
+    samples = []
+    for conversation in conversations:
+        new = encoder.encode(conversation)
+        source.kept += bool(new)
+        samples += new
+    return samples
 
 
 def _name_sources(configs: Sequence[SourceConfig]) -> list[tuple[str, SourceConfig]]:
@@ -182,6 +195,10 @@ def _split(
             parts.append((source, [], source.source.conversations))
         return parts
     chosen = [_choose_questions(source.source.conversations, fraction, seed) for source in sources]
+    for source, questions in zip(sources, chosen, strict=True):
+        if fraction and not questions:
+            count = len(source.source.conversations)
+            source.notes.append(f"none is kept for evaluation: {fraction:g} of {count} is less than one question")
     # a question that one source keeps for evaluation is not trained on through another
     everywhere = set[str]().union(*chosen)
     return [
@@ -200,8 +217,8 @@ def _choose_questions(conversations: Sequence[Conversation], fraction: float, se
     wanted, taken = fraction * len(conversations), 0
     chosen = set()
     for question in sorted(counts, key=lambda text: hashlib.sha256(f"{seed}\x00{text}".encode()).digest()):
-        if taken + counts[question] / 2 > wanted:
-            break
-        chosen.add(question)
-        taken += counts[question]
+        # one that is asked too often to fit is passed over
+        if taken + counts[question] / 2 <= wanted:
+            chosen.add(question)
+            taken += counts[question]
     return chosen

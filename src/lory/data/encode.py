@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from lory.data.templates import render_answer, render_prompt
+from lory.data.templates import render_prompt, render_turn
 from lory.runtime import UsageError
 from lory.types import IGNORE, Conversation, Message, Sample
 
@@ -24,7 +24,12 @@ OnLong = Literal["drop", "cut_prompt", "error"]
 
 
 class Encoder:
-    """Encodes conversations with one tokenizer and one set of rules; `counts` says what was dropped or cut, and why."""
+    """Encodes conversations with one tokenizer and one set of rules; it counts what was dropped or cut.
+
+    Attributes:
+        dropped: conversations that gave no sample, by reason.
+        notes: what else was done to conversations, and how often.
+    """
 
     def __init__(
         self,
@@ -43,35 +48,47 @@ class Encoder:
         """The samples of one conversation: one as a rule, none when it was dropped, several when it had to be split.
 
         Raises:
-            UsageError: it is longer than `max_tokens` and `on_long` is `error`.
+            UsageError: the chat template refuses it, or it is longer than `max_tokens` and `on_long` is `error`.
         """
-        if conversation.text is not None:
-            return self._encode_text(conversation.text)
+        lost: list[str] = []
+        try:
+            if conversation.text is not None:
+                samples = self._encode_text(conversation.text)
+            else:
+                samples = self._encode_messages(conversation.messages, lost)
+        except UsageError as error:
+            raise UsageError(f"{conversation.where or 'A conversation'}: {error}") from error
+        if samples:
+            self.notes.update(f"parts of conversations left out, {reason}" for reason in lost)
+        else:
+            self.dropped[lost[0] if lost else "nothing to learn"] += 1
+        return samples
+
+    def _encode_messages(self, messages: Sequence[Message], lost: list[str]) -> list[Sample]:
+        """The samples of a chat; `lost` gets the reason for each that was left out."""
         samples: list[Sample] = []
         ids: list[int] = []
         labels: list[int] = []
-        last = len(conversation.messages) - 1
-        for turn, message in enumerate(conversation.messages):
-            if message.role != "assistant":
+        for turn, message in enumerate(messages):
+            if message.role != "assistant" or (self.loss_on == "last" and turn < len(messages) - 1):
                 continue
-            prompt = render_prompt(self.tokenizer, conversation.messages[:turn])
-            answer = render_answer(self.tokenizer, conversation.messages[: turn + 1], self.terminators)
-            goes_on = prompt[: len(ids)] == ids
+            prompt, answer = render_turn(self.tokenizer, messages[: turn + 1], self.terminators)
             if self.on_long == "cut_prompt" and len(prompt) + len(answer) > self.max_tokens:
-                prompt, goes_on = self._cut(conversation.messages[:turn], self.max_tokens - len(answer)), False
+                prompt = self._cut(messages[:turn], self.max_tokens - len(answer))
                 if not prompt:
-                    self.dropped[f"an answer leaves no room for its prompt in {self.max_tokens} tokens"] += 1
+                    lost.append(f"an answer leaves no room for its prompt in {self.max_tokens} tokens")
                     continue
-            if not goes_on:
-                samples += self._finish(ids, labels, conversation)
+                self.notes["prompts cut"] += 1
+            if prompt[: len(ids)] != ids:
+                samples += self._finish(ids, labels, lost)
                 ids, labels = [], []
             new = prompt[len(ids) :]
-            ids, labels = ids + new, labels + (new if self.loss_on == "all" else [IGNORE] * len(new))
-            learnt = self.loss_on != "last" or turn == last
-            ids, labels = ids + answer, labels + (answer if learnt else [IGNORE] * len(answer))
-        return samples + self._finish(ids, labels, conversation)
+            # a prompt that repeats history was learnt with the sample before
+            learn_prompt = self.loss_on == "all" and (ids or not samples)
+            ids, labels = ids + new + answer, labels + (new if learn_prompt else [IGNORE] * len(new)) + answer
+        return samples + self._finish(ids, labels, lost)
 
-    def _finish(self, ids: list[int], labels: list[int], conversation: Conversation) -> list[Sample]:
+    def _finish(self, ids: list[int], labels: list[int], lost: list[str]) -> list[Sample]:
         """The tokens as a sample, unless they are too many or none of them is learnt."""
         sample = Sample(tuple(ids), tuple(labels))
         if not sample.supervised:
@@ -80,15 +97,14 @@ class Encoder:
             return [sample]
         if self.on_long == "error":
             raise UsageError(
-                f"{conversation.where}: {len(sample)} tokens, more than data.max_tokens ({self.max_tokens}); raise it, "
-                "or set data.on_long to drop or cut_prompt."
+                f"{len(sample)} tokens, more than data.max_tokens ({self.max_tokens}); raise it, or set data.on_long "
+                "to drop or cut_prompt."
             )
-        self.dropped[f"longer than {self.max_tokens} tokens"] += 1
+        lost.append(f"longer than {self.max_tokens} tokens")
         return []
 
     def _cut(self, messages: Sequence[Message], budget: int) -> list[int]:
         """A prompt of at most `budget` tokens: oldest exchanges leave first, then the end of the last question."""
-        self.notes["prompts cut"] += 1
         system = [message for message in messages[:1] if message.role == "system"]
         turns = list(messages[len(system) :])
         while len(turns) > 2:
@@ -99,7 +115,7 @@ class Encoder:
         question = turns[-1].content
         words = self.tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         room = budget - len(render_prompt(self.tokenizer, [*system, Message("user", "")]))
-        while room > 0:
+        while room > 0 and words:
             cut = Message("user", question[: words[min(room, len(words)) - 1][1]])
             prompt = render_prompt(self.tokenizer, [*system, cut])
             if len(prompt) <= budget:
@@ -108,14 +124,15 @@ class Encoder:
         return []
 
     def _encode_text(self, text: str) -> list[Sample]:
-        """Plain text with its end, all of it learnt, in windows of `max_tokens`."""
+        """Plain text with its end, in windows of `max_tokens`; each token but the first is learnt, once."""
         ids: list[int] = self.tokenizer(text)["input_ids"]
         if not ids or ids[-1] not in self.terminators:
             ids = [*ids, self.terminators[0]]
-        windows = [tuple(ids[start : start + self.max_tokens]) for start in range(0, len(ids), self.max_tokens)]
+        # a window begins with the last token of the one before: nothing could predict its first token otherwise
+        starts = range(0, len(ids) - 1, self.max_tokens - 1)
+        windows = [tuple(ids[start : start + self.max_tokens]) for start in starts]
         if len(windows) > 1:
             if self.on_long == "error":
-                raise UsageError(f"A text has {len(ids)} tokens, more than data.max_tokens ({self.max_tokens}).")
+                raise UsageError(f"{len(ids)} tokens, more than data.max_tokens ({self.max_tokens}).")
             self.notes["texts split into windows"] += 1
-        # a window of one token has nothing to predict
-        return [Sample(window, window) for window in windows if len(window) > 1]
+        return [Sample(window, window) for window in windows]

@@ -349,7 +349,8 @@ def _parse_lines(name: str, lines: Iterable[str]) -> Iterator[Record]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            # with its newline, an error at the end of a line would be one of the next line
+            record = json.loads(line.rstrip())
         except (ValueError, RecursionError) as error:
             raise UsageError(_explain_json(name, number, error)) from error
         where = f"{name} line {number}"

@@ -32,7 +32,8 @@ def render_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
         )
     except TemplateError as error:
         roles = ", ".join(message.role for message in messages)
-        raise UsageError(f"The model's chat template refuses a conversation of {roles}: {error}.") from error
+        reason = str(error).rstrip(".")
+        raise UsageError(f"The model's chat template refuses a conversation of {roles}: {reason}.") from error
     return text
 
 
@@ -47,27 +48,42 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     return tokenize(tokenizer, render_text(tokenizer, messages, for_answer=True))
 
 
-def render_answer(
+def render_turn(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], terminators: Sequence[int]
-) -> list[int]:
-    """The token ids a model should produce for the last message: what the template adds to the prompt, with its end.
+) -> tuple[list[int], list[int]]:
+    """The prompt of the last message (see `render_prompt`), and the token ids a model should produce for it.
 
-    What the template writes after the terminator is left out, since generation stops there. A template without a
-    terminator gets the tokenizer's end of sequence, so that the end of an answer is always learnt.
+    The answer is what the template adds to the prompt, with its end. What the template writes after the terminator is
+    left out, since generation stops there. A template without a terminator gets the first of `terminators`, so that
+    the end of an answer is always learnt.
+
+    Raises:
+        UsageError: the template refuses the messages, or changes the answer's text.
     """
     prompt = render_text(tokenizer, messages[:-1], for_answer=True)
     whole = render_text(tokenizer, messages, for_answer=False)
-    if whole.startswith(prompt):
-        added = whole[len(prompt) :]
-    else:
-        # the template writes a finished answer otherwise than it opens one (as some do with their thinking marks)
-        content = messages[-1].content.strip()
-        at = whole.rfind(content)
-        if at < 0:
-            raise UsageError(
-                f"The chat template of {tokenizer.name_or_path} changes an answer's text; lory cannot train on that."
-            )
-        added = whole[at:]
-    ids = tokenize(tokenizer, added)
+    prompt_ids, whole_ids = tokenize(tokenizer, prompt), tokenize(tokenizer, whole)
+    if not whole.startswith(prompt):
+        ids = tokenize(tokenizer, whole[_find_answer(tokenizer, messages, whole) :])
+    elif whole_ids[: len(prompt_ids)] == prompt_ids:
+        ids = whole_ids[len(prompt_ids) :]
+    else:  # a token would span the border
+        ids = tokenize(tokenizer, whole[len(prompt) :])
     ends = [position for position, token in enumerate(ids) if token in terminators]
-    return ids[: ends[-1] + 1] if ends else [*ids, terminators[0]]
+    # a terminator in the answer's own text is not its end
+    within = sum(token in terminators for token in tokenize(tokenizer, messages[-1].content))
+    return prompt_ids, ids[: ends[within] + 1] if len(ends) > within else [*ids, terminators[0]]
+
+
+def _find_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], whole: str) -> int:
+    """Where the last message's text begins in `whole`, for templates that write an answer otherwise than they open one.
+
+    (As some do with their thinking marks.)
+    """
+    mark = "\ue000"  # a private character: the text of an answer may also stand elsewhere
+    marked = render_text(tokenizer, [*messages[:-1], Message("assistant", mark)], for_answer=False)
+    at = marked.rfind(mark)
+    content = messages[-1].content
+    if at < 0 or not (whole.startswith(content, at) or whole.startswith(content.strip(), at)):
+        raise UsageError("The model's chat template changes the text of an answer, so it cannot be trained on.")
+    return at

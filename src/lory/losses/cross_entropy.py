@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lory.types import IGNORE
@@ -49,7 +50,8 @@ def cross_entropy(
     """
     learnt = labels != IGNORE
     chosen, targets = hidden[learnt], labels[learnt]
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    # inside of the function gradients are always off, so it cannot tell an evaluation itself
+    trainable = [parameter for parameter in parameters if parameter.requires_grad and torch.is_grad_enabled()]
     loss, correct = _ChunkedCrossEntropy.apply(chosen, targets, head, chunk_tokens, *trainable)
     return LossSum(loss, correct, learnt.sum())
 
@@ -83,6 +85,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss, correct
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # the loss is a sum, so its gradient only has to be scaled by what comes from above
         grad_hidden, *grad_parameters = (grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)

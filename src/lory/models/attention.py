@@ -99,18 +99,23 @@ def documents_apart(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(own)
 
 
-def keeps_documents_apart(model: PreTrainedModel) -> bool:
+def keeps_documents_apart(model: PreTrainedModel, longest: int = 0) -> bool:
     """Whether packing is safe with this model: two documents in one row give the states that each gives alone.
 
     Measured, not looked up: a model may ignore the borders without a word (position biases, convolutions, recurrent
     states, masks of its own).
+
+    Args:
+        longest: tokens of the longest document there will be. If it exceeds the model's attention window, one of the
+            two documents does, too, since some models keep to their window by a mask alone.
     """
     if not getattr(model, "_supports_attention_backend", False):
         return False
     device = model.get_input_embeddings().weight.device
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    lengths = (5, 7)
+    # twice the window: half of the tokens then do not see the first ones, which shows clearly
+    lengths = (5, max([7, *(min(2 * window, longest) for window in _list_windows(model) if window < longest)]))
     documents = [torch.randint(vocabulary, (1, length), generator=generator).to(device) for length in lengths]
     training = model.training
     model.eval()
@@ -128,6 +133,13 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
     # rounding differs between the two ways; a leak is larger by orders of magnitude
     limit = 1e-3 if packed.dtype == torch.float32 else 5e-2
     return bool((packed - alone).abs().max() <= limit * alone.abs().max().clamp(min=1e-6))
+
+
+def _list_windows(model: PreTrainedModel) -> list[int]:
+    """How many tokens back the model's local attention sees, as its config says."""
+    config = model.config.get_text_config()
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return [window for window in windows if window]
 
 
 def document_arguments(seq_lens: Tensor, device: torch.device) -> dict[str, Any]:

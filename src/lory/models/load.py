@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -12,7 +13,7 @@ from lory.models.resolve import Resolved
 from lory.runtime import UsageError
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -57,18 +58,17 @@ def load_model(
         UsageError: the folder is not a causal language model that transformers knows, or its files are broken.
     """
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     device = device or default_device()
     path = resolved.base_path
-    if not (path / "config.json").exists():
-        raise UsageError(f"{path} has no config.json; it is not a model folder.")
+    config = load_config(path, trust_remote_code)
     if not any(path.glob("*.safetensors")):
         raise UsageError(f"{path} has no .safetensors weights; pickled ones (.bin) are not read: convert them first.")
+    bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
@@ -80,7 +80,8 @@ def load_model(
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"{path} could not be loaded as a causal language model: {_first_line(error)}") from error
     finally:
-        transformers_logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()
     if missing := sorted(report["missing_keys"]):
         raise UsageError(f"{path} lacks {len(missing)} of the model's weights, {missing[0]} among them.")
     return model.to(device).eval()
@@ -97,13 +98,29 @@ def load_tokenizer(resolved: Resolved, trust_remote_code: bool = False) -> PreTr
         raise UsageError(f"The tokenizer in {path} could not be loaded: {_first_line(error)}") from error
 
 
-def load_generation_config(resolved: Resolved) -> GenerationConfig:
+def load_config(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config.json of a model's folder.
+
+    Raises:
+        UsageError: there is none, or it is of a kind that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    if not (path / "config.json").exists():
+        raise UsageError(f"{path} has no config.json; it is not a model folder.")
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise UsageError(f"{path / 'config.json'} could not be read: {_first_line(error)}") from error
+
+
+def load_generation_config(resolved: Resolved, trust_remote_code: bool = False) -> GenerationConfig:
     """What the model's folder says of decoding; without generation_config.json, what its config.json implies."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     if (resolved.base_path / "generation_config.json").exists():
         return GenerationConfig.from_pretrained(resolved.base_path)
-    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(resolved.base_path))
+    return GenerationConfig.from_model_config(load_config(resolved.base_path, trust_remote_code))
 
 
 def terminators(generation_config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -60,18 +60,24 @@ def resolve(model: str | Path) -> Resolved:
 
 def _resolve_folder(name: str, folder: Path) -> Resolved:
     if (folder / _ADAPTER_FILE).exists():
-        base = read_json(folder / _ADAPTER_FILE).get("base_model_name_or_path")
-        if not base:
-            raise UsageError(f"{folder / _ADAPTER_FILE} does not name its base model (base_model_name_or_path).")
-        if Path(base).expanduser().is_dir() and Path(base).resolve() == folder.resolve():
-            raise UsageError(f"{folder / _ADAPTER_FILE} names its own folder as the base model.")
-        below = resolve(base)
-        if below.adapter:
-            raise UsageError(f"{folder} is an adapter on '{base}', which is an adapter itself; merge that one first.")
-        return Resolved(name, str(base), below.base_path, folder)
+        return _resolve_adapter(name, folder)
     if (folder / _MODEL_FILE).exists():
         return Resolved(name, str(folder.resolve()), folder, None)
-    return _resolve_folder(name, find_checkpoint(find_run(folder)))
+    return _resolve_folder(name, find_checkpoint(_find_trained_run(folder)))
+
+
+def _resolve_adapter(name: str, folder: Path) -> Resolved:
+    config = read_json(folder / _ADAPTER_FILE)
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(base, str) or not base:
+        raise UsageError(f"{folder / _ADAPTER_FILE} does not name its base model (base_model_name_or_path).")
+    base_folder = Path(base).expanduser()
+    if base_folder.is_dir() and base_folder.resolve() == folder.resolve():
+        raise UsageError(f"{folder / _ADAPTER_FILE} names its own folder as the base model.")
+    # looked at before going on from there, lest adapters on each other lead round in a circle
+    if (base_folder / _ADAPTER_FILE).exists() or (below := resolve(base)).adapter:
+        raise UsageError(f"{folder} is an adapter on '{base}', which is an adapter itself; merge that one first.")
+    return Resolved(name, base, below.base_path, folder)
 
 
 def list_runs(folder: Path) -> list[Path]:
@@ -84,13 +90,21 @@ def find_run(folder: Path) -> Path:
     """`folder` itself when it is a run's folder, else the newest run in it."""
     if (folder / "config.yaml").exists():
         return folder
-    runs = list_runs(folder)
+    # config.yaml is the last that a new run writes before it starts: without it, it was killed on the way
+    runs = [run for run in list_runs(folder) if (run / "config.yaml").exists()]
     if not runs:
         raise UsageError(
             f"{folder} holds no {_ADAPTER_FILE}, no {_MODEL_FILE} and no run; give a run, a checkpoint, an adapter "
             "folder or a model folder."
         )
     return runs[-1]
+
+
+def _find_trained_run(folder: Path) -> Path:
+    """The newest run that has a checkpoint; where none has, the newest."""
+    newest = find_run(folder)
+    trained = [run for run in list_runs(folder) if list_checkpoints(run)]
+    return newest if newest == folder or not trained else trained[-1]
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -124,6 +138,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -140,6 +155,8 @@ def _download(hub_id: str) -> Path:
         ) from error
     except RepositoryNotFoundError as error:
         raise UsageError(f"'{hub_id}' is not on the hub, or is private; check the name or 'hf auth login'.") from error
+    except HFValidationError as error:
+        raise UsageError(f"'{hub_id}' is no folder here, and no name that the hub allows.") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError) as error:
         raise UsageError(
             f"'{hub_id}' is no folder here, and the hub could not be reached to fetch it; check the name and the "

@@ -69,14 +69,11 @@ def save_checkpoint(run: Path, parts: Parts, position: Position) -> Path:
     folder = run / f"checkpoint-{position.step}"
     rng = _gather_rng(parts.accelerator)
     if parts.accelerator.is_main_process:
-        # after a resume from an older checkpoint a newer one may be there; it has the same content
-        if not (folder / MANIFEST).exists():
+        # after a resume from an older checkpoint a newer one may be there; if it is whole, it has the same content
+        if not _is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
             with write_aside(folder) as aside:
                 _write_parts(aside, parts, position, rng)
-        point_link(run / "last", folder)
-        if position.best_step == position.step:
-            point_link(run / "best", folder)
     parts.accelerator.wait_for_everyone()
     return folder
 
@@ -122,6 +119,14 @@ def check_manifest(folder: Path) -> None:
             raise UsageError(f"{path} is not what its {MANIFEST} says (SHA-256); resume from another checkpoint.")
 
 
+def _is_whole(folder: Path) -> bool:
+    try:
+        check_manifest(folder)
+    except UsageError:
+        return False
+    return True
+
+
 def point_link(link: Path, target: Path) -> None:
     """Make `link` a relative symbolic link to `target`, replacing an old one at once."""
     aside = link.with_name(f".{link.name}.new")
@@ -131,14 +136,22 @@ def point_link(link: Path, target: Path) -> None:
     flush(link.parent)
 
 
-def prune_checkpoints(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one."""
-    best = (run / "best").resolve()
-    for folder in list_checkpoints(run)[:-keep]:
-        if folder.resolve() != best:
-            # without its manifest it is no checkpoint any more, should the deletion be interrupted
-            (folder / MANIFEST).unlink()
-            shutil.rmtree(folder)
+def tidy_checkpoints(run: Path, position: Position, keep: int) -> None:
+    """Point `last` and `best` at their checkpoints and delete the others but the newest `keep` and this position's.
+
+    Due after a save, and again when a run is resumed, since the save may have been interrupted on its way here.
+    """
+    checkpoints = list_checkpoints(run)
+    point_link(run / "last", checkpoints[-1])
+    best, current = (run / f"checkpoint-{step}" for step in (position.best_step, position.step))
+    if best in checkpoints:
+        point_link(run / "best", best)
+    for folder in checkpoints[:-keep]:
+        if folder not in (best, current):
+            # under a name that the lines below know, should the deletion be interrupted
+            folder.rename(run / f".{folder.name}.old.tmp")
+    for left in run.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(left)
 
 
 def load_checkpoint(folder: Path, parts: Parts) -> Position:

@@ -25,6 +25,15 @@ FREE_FIELDS = ("output", "samples", "train.log_every_steps", "train.save_every_s
 _PACKAGES = ("lory-llm", "torch", "transformers", "accelerate", "safetensors", "numpy")
 
 
+def check_output(output: Path) -> None:
+    """Refuse, before anything is computed, an output below which no folder can be made."""
+    for place in (output, *output.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise UsageError(f"output is '{output}', but {place} is a file; choose another folder.")
+            return
+
+
 def make_folder(output: Path) -> Path:
     """A new run's folder, ``v<number>-<date>-<time>``, in `output`."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -33,18 +42,16 @@ def make_folder(output: Path) -> Path:
         numbers = [int(run.name[1:].partition("-")[0]) for run in list_runs(output)]
         folder = output / f"v{max(numbers, default=-1) + 1}-{stamp}"
         folder.mkdir()
-    except FileExistsError as error:
-        raise UsageError(f"{error.filename} is in the way; choose another folder as output.") from error
     except OSError as error:
         raise explain_os_error(error, f"make a run's folder in {output}") from error
     return folder
 
 
 def describe_run(folder: Path, config: Config, data: dict[str, Any], processes: int) -> None:
-    """Write config.yaml, environment.json and data.json."""
-    write_text(folder / CONFIG_FILE, dump_yaml(config))
+    """Write environment.json, data.json and, when all else is there, config.yaml, which makes the folder a run."""
     write_json(folder / "environment.json", describe_environment(processes))
     write_json(folder / "data.json", data)
+    write_text(folder / CONFIG_FILE, dump_yaml(config))
 
 
 def describe_environment(processes: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from lory.data.collate import Batch, collate
 from lory.data.dataset import Dataset
 from lory.data.packing import pack
 from lory.runtime import LoryError
-from lory.training.checkpoint import Parts, Position, prune_checkpoints, save_checkpoint
+from lory.training.checkpoint import Parts, Position, save_checkpoint, tidy_checkpoints
 from lory.training.config import Config
 from lory.training.monitor import Monitor
 from lory.training.optim import TrainConfig
@@ -127,22 +127,17 @@ class Loop:
             self.evaluate(position)
             self.show_samples(0)
         else:
-            self.saved_step = position.step
+            self._tidy(position)
         self.objective.train()
         with catch_signals() as signals:
-            while position.step < self.total_steps:
+            while not self._is_over(position):
                 result, seconds = self._take_step(position)
                 self._log(position, result, seconds)
                 self._look_after(position)
-                if self._is_any(bool(signals)) and position.step < self.total_steps:
+                if self._is_any(bool(signals)) and not self._is_over(position):
                     self._stop(position, signals)
-                if self._has_converged(position):
-                    if self.monitor:
-                        self.monitor.say(f"Stopped early: {position.evals_since_best} evaluations, no lower loss.")
-                    break
-        if position.step % self.samples_config.every_steps:
-            self.show_samples(position.step)
-        self.save(position)
+        if self.monitor and position.step < self.total_steps:
+            self.monitor.say(f"Stopped early: {position.evals_since_best} evaluations, no lower loss.")
         return position
 
     def _take_step(self, position: Position) -> tuple[StepResult, float]:
@@ -180,19 +175,21 @@ class Loop:
         )
 
     def _look_after(self, position: Position) -> None:
-        """Evaluate, answer the sample prompts and save, where this step is one for it."""
-        last = position.step == self.total_steps
-        if self.evaluation and (last or position.step % self.config.eval_every_steps == 0):
+        """Evaluate, answer the sample prompts and save, where this step is one for it, as the last one is."""
+        if position.step == self.total_steps or position.step % self.config.eval_every_steps == 0:
             self.evaluate(position)
-            if position.best_step == position.step:
-                self.save(position)
-        if position.step % self.samples_config.every_steps == 0:
+        last = self._is_over(position)
+        if last or position.step % self.samples_config.every_steps == 0:
             self.show_samples(position.step)
-        if position.step % self.config.save_every_steps == 0:
+        # saved when all else of this step is done, since a resumed run goes on with the next one
+        best = position.best_step == position.step
+        if last or best or position.step % self.config.save_every_steps == 0:
             self.save(position)
 
-    def _has_converged(self, position: Position) -> bool:
-        return self.config.early_stop_evals is not None and position.evals_since_best >= self.config.early_stop_evals
+    def _is_over(self, position: Position) -> bool:
+        """Whether all steps are done, or so many evaluations brought no lower loss that more would be in vain."""
+        patience = self.config.early_stop_evals
+        return position.step >= self.total_steps or (patience is not None and position.evals_since_best >= patience)
 
     def _is_any(self, here: bool) -> bool:
         """Whether it is so on any rank; all ranks have to stop at the same step."""
@@ -211,12 +208,14 @@ class Loop:
 
     def save(self, position: Position) -> None:
         """Write a checkpoint of this step unless there is one, and delete those that are too old."""
-        if position.step == self.saved_step:
-            return
-        save_checkpoint(self.folder, self.parts, position)
+        if position.step != self.saved_step:
+            save_checkpoint(self.folder, self.parts, position)
+            self._tidy(position)
+
+    def _tidy(self, position: Position) -> None:
         self.saved_step = position.step
         if self.accelerator.is_main_process:
-            prune_checkpoints(self.folder, self.config.keep_checkpoints)
+            tidy_checkpoints(self.folder, position, self.config.keep_checkpoints)
 
     def show_samples(self, step: int) -> None:
         """Answer the sample prompts on the first rank."""

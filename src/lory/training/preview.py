@@ -10,7 +10,8 @@ from rich.text import Text
 
 from lory.adapters.inject import attach_lora
 from lory.losses.cross_entropy import CHUNK_TOKENS
-from lory.models.load import choose_dtype, default_device
+from lory.models.load import choose_dtype, default_device, load_config
+from lory.runtime import UsageError
 from lory.types import IGNORE, Sample
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def _runs(sample: Sample) -> list[tuple[list[int], bool]]:
 
 def describe_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The sample for --json: tokens, labels and both as text."""
-    learnt = [label for label in sample.labels if label != IGNORE]
+    # as in `Sample.supervised`, the first token has nothing before it to be predicted from
+    learnt = [label for label in sample.labels[1:] if label != IGNORE]
     return {
         "input_ids": list(sample.input_ids),
         "labels": list(sample.labels),
@@ -62,15 +64,23 @@ def estimate_memory(prepared: Prepared, rows: Sequence[Sequence[int]]) -> dict[s
     A token of a layer leaves about 16 H + 5 I numbers for the backward pass (H the hidden size, I the MLP's): inputs
     of norms, projections, rotations and attention, and the MLP's gate, up, activation and product. With gradient
     checkpointing it is the layer's input alone, and one layer at a time in full.
+
+    Raises:
+        UsageError: the model is no causal language model, or lacks the layers that are to be adapted.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     config = prepared.config
     device = default_device()
     dtype = choose_dtype(config.model.dtype, device)
-    shape = AutoConfig.from_pretrained(prepared.resolved.base_path)
+    path, trust = prepared.resolved.base_path, config.model.trust_remote_code
+    shape = load_config(path, trust)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=trust)
+    except ValueError as error:
+        raise UsageError(f"{path} is no causal language model: {str(error).splitlines()[0]}") from error
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape, dtype=dtype)
         matches = attach_lora(model, config.adapter)
     text = shape.get_text_config()
     trained = sum(match.parameters for match in matches)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lory.adapters.inject import Match, attach_lora
 from lory.config import apply_overrides, build
-from lory.data.dataset import Dataset, build_dataset
+from lory.data.dataset import DataConfig, Dataset, build_dataset
 from lory.data.packing import efficiency
 from lory.models.attention import keeps_documents_apart
 from lory.models.load import default_device, load_generation_config, load_model, load_tokenizer, terminators
@@ -20,9 +20,9 @@ from lory.models.resolve import Resolved, find_checkpoint, find_run, list_checkp
 from lory.runtime import UsageError, lock_file, log
 from lory.training.checkpoint import Parts, Position, load_checkpoint
 from lory.training.config import Config, read_config
-from lory.training.folder import check_resumable, describe_run, make_folder
+from lory.training.folder import check_output, check_resumable, describe_run, make_folder
 from lory.training.loop import Loop, Plan, count_steps, plan_rows
-from lory.training.monitor import Monitor
+from lory.training.monitor import Monitor, rewind
 from lory.training.optim import build_optimizer, build_schedule
 from lory.training.plots import plot_runs
 from lory.training.step import Objective
@@ -87,7 +87,7 @@ def prepare(config: Config) -> Prepared:
             f"{config.model.path} OUT) and train on the merged model, or go on with that run by --resume."
         )
     tokenizer = load_tokenizer(resolved, config.model.trust_remote_code)
-    ends = terminators(load_generation_config(resolved), tokenizer)
+    ends = terminators(load_generation_config(resolved, config.model.trust_remote_code), tokenizer)
     return Prepared(config, resolved, tokenizer, build_dataset(config.data, tokenizer, ends, config.train.seed))
 
 
@@ -107,7 +107,6 @@ def train(
         LoryError: it failed while running, or was interrupted (then a checkpoint was written).
     """
     from accelerate import Accelerator
-    from accelerate.utils import broadcast_object_list
 
     run: Path | None = None
     if isinstance(config, str | Path):
@@ -115,46 +114,80 @@ def train(
     elif not isinstance(config, Config):
         config = build(Config, apply_overrides(config, overrides), "config")
     accelerator = Accelerator(cpu=default_device().type == "cpu")
+    check_output(Path(config.output))
     prepared = prepare(config)
-    names: list[str] = [""]
-    if accelerator.is_main_process:
-        names = [str((run or find_run(Path(config.output))) if resume else make_folder(Path(config.output)))]
-    folder = Path(broadcast_object_list(names)[0])
+    plan = prepared.plan(accelerator.num_processes)
+    report = prepared.report(plan)
     with contextlib.ExitStack() as stack:
-        if accelerator.is_main_process:
-            in_use = f"{folder} is in use by another training; wait until it has ended."
-            stack.enter_context(lock_file(folder / ".lock", wait=False, in_use=in_use))
-        return _train_in(folder, prepared, accelerator, resume)
+        if resume:
+            folder = run or find_run(Path(config.output))
+            stack.enter_context(_lock(folder, accelerator))
+            check_resumable(folder, config, report)
+        # a run that cannot start leaves no folder behind, so its own is made after the model has been built
+        built = _build(prepared, plan, accelerator)
+        log.info("%s", summarise(prepared, built.matches, report))
+        if not resume:
+            folder = _open_folder(config, report, accelerator)
+            stack.enter_context(_lock(folder, accelerator))
+        return _train_in(folder, prepared, plan, built, resume)
 
 
-def _train_in(folder: Path, prepared: Prepared, accelerator: Accelerator, resume: str | None) -> RunResult:
+@dataclass(frozen=True)
+class _Built:
+    """A model with its adapter and everything that updates it."""
+
+    parts: Parts
+    objective: Objective
+    matches: list[Match]
+    padded: bool
+
+
+def _build(prepared: Prepared, plan: Plan, accelerator: Accelerator) -> _Built:
     from accelerate.utils import set_seed
 
     config = prepared.config
-    plan = prepared.plan(accelerator.num_processes)
-    report = prepared.report(plan)
-    if resume:
-        check_resumable(folder, config, report)
-    elif accelerator.is_main_process:
-        describe_run(folder, config, report, accelerator.num_processes)
     log.info("%s", choose_fp32_matmul(accelerator.device))
     set_seed(config.train.seed)
     model, matches = build_model(prepared, accelerator)
-    padded = _must_pad(model, config.data.packing)
+    padded = _must_pad(model, config.data)
     objective = Objective(model)
     optimizer = build_optimizer(model, config.train)
-    total = count_steps(config.train, plan)
-    schedule = build_schedule(optimizer, config.train, total)
+    schedule = build_schedule(optimizer, config.train, count_steps(config.train, plan))
     parts = Parts(model, prepared.tokenizer, prepared.resolved.base, optimizer, schedule, accelerator)
+    return _Built(parts, objective, matches, padded)
+
+
+def _open_folder(config: Config, report: dict[str, Any], accelerator: Accelerator) -> Path:
+    """A new run's folder, which the first rank makes and all know."""
+    from accelerate.utils import broadcast_object_list
+
+    names = [""]
+    if accelerator.is_main_process:
+        folder = make_folder(Path(config.output))
+        describe_run(folder, config, report, accelerator.num_processes)
+        names = [str(folder)]
+    return Path(broadcast_object_list(names)[0])
+
+
+def _lock(folder: Path, accelerator: Accelerator) -> contextlib.AbstractContextManager[None]:
+    if not accelerator.is_main_process:
+        return contextlib.nullcontext()
+    in_use = f"{folder} is in use by another training; wait until it has ended."
+    return lock_file(folder / ".lock", wait=False, in_use=in_use)
+
+
+def _train_in(folder: Path, prepared: Prepared, plan: Plan, built: _Built, resume: str | None) -> RunResult:
+    config, parts = prepared.config, built.parts
+    accelerator = parts.accelerator
     position = _find_position(folder, resume, parts)
-    log.info("%s", summarise(prepared, matches, report))
     with contextlib.ExitStack() as stack:
         monitor = None
         if accelerator.is_main_process:
-            every = config.train.log_every_steps
+            total, every = count_steps(config.train, plan), config.train.log_every_steps
             monitor = stack.enter_context(Monitor(folder, total, position.step, every))
-        wrapped = accelerator.prepare_model(objective) if accelerator.num_processes > 1 else objective
-        loop = Loop(folder, config, wrapped, parts, plan, prepared.dataset, padded, monitor)
+        several = accelerator.num_processes > 1
+        objective = accelerator.prepare_model(built.objective) if several else built.objective
+        loop = Loop(folder, config, objective, parts, plan, prepared.dataset, built.padded, monitor)
         loop.run(position)
     if accelerator.is_main_process:
         plot_runs([folder], folder / "plots")
@@ -171,11 +204,11 @@ def build_model(prepared: Prepared, accelerator: Accelerator) -> tuple[PreTraine
     return model, matches
 
 
-def _must_pad(model: PreTrainedModel, packing: bool) -> bool:
+def _must_pad(model: PreTrainedModel, data: DataConfig) -> bool:
     """Whether batches have to be padded, since the model cannot keep documents in one row apart."""
-    if keeps_documents_apart(model):
+    if keeps_documents_apart(model, data.max_tokens):
         return False
-    if packing:
+    if data.packing:
         raise UsageError(
             f"{type(model).__name__} cannot keep packed samples apart (they would see each other); set data.packing to "
             "false."
@@ -189,6 +222,8 @@ def _find_position(folder: Path, resume: str | None, parts: Parts) -> Position:
         return Position()
     if resume == "last" and not list_checkpoints(folder):
         log.warning("%s has no checkpoint yet, so it starts from the beginning.", folder)
+        if parts.accelerator.is_main_process:
+            rewind(folder, -1)
         return Position()
     checkpoint = find_checkpoint(folder, resume)
     position = load_checkpoint(checkpoint, parts)

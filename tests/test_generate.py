@@ -1,0 +1,270 @@
+"""Text from tokens: pieces that join to the whole, options that mean what transformers means, streams that stop."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from lory.generate import (
+    GenerationOptions,
+    decode_pieces,
+    decode_text,
+    default_options,
+    generate_ids,
+    generation_arguments,
+    stream_text,
+)
+from lory.runtime import LoryError, UsageError
+
+PROMPT = [1, 7, 50, 9, 33]
+TERMINATORS = (2,)
+TEXT = "Hello, world!\n  Two spaces,\n\n世界 🦜🏽 naïve ends."
+
+
+@pytest.fixture(scope="module")
+def llama(random_model: Callable[..., Any]) -> Any:
+    return random_model("Llama")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def metaspace() -> Any:
+    """A tokenizer of SentencePiece's kind, which drops the first space of whatever it decodes."""
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=["<unk>", "</s>"])
+    inner.train_from_iterator(["the cat\n sat on\n the mat", TEXT], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
+
+
+@contextlib.contextmanager
+def listen_to(name: str) -> Iterator[list[str]]:
+    """What a logger that does not propagate says meanwhile."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(name).addHandler(handler)
+    yield said
+    logging.getLogger(name).removeHandler(handler)
+
+
+def generate(model: Any, **arguments: Any) -> list[int]:
+    """transformers' own answer, without the prompt."""
+    prompt = torch.tensor([PROMPT])
+    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), pad_token_id=0, **arguments)
+    return output[0, len(PROMPT) :].tolist()
+
+
+# Pieces of text
+
+
+@pytest.mark.parametrize("text", [TEXT, "the cat\n sat on\n the mat", " leading and trailing ", "", "🦜"])
+@pytest.mark.parametrize("kind", ["tokenizer", "metaspace"])
+def test_pieces_joined_are_the_whole_text(kind: str, text: str, request: pytest.FixtureRequest) -> None:
+    chosen = request.getfixturevalue(kind)
+    ids = chosen(text, add_special_tokens=False)["input_ids"]
+    assert "".join(decode_pieces(chosen, ids)) == decode_text(chosen, ids)
+
+
+def test_pieces_of_random_bytes_joined_are_the_whole_text(tokenizer: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for length in [1, 2, 3, 17, 101] * 20:
+        ids = torch.randint(0, len(tokenizer), (length,), generator=generator).tolist()
+        assert "".join(decode_pieces(tokenizer, ids)) == decode_text(tokenizer, ids)
+
+
+def test_a_piece_comes_as_soon_as_its_character_is_whole(tokenizer: Any) -> None:
+    ids = tokenizer("a🦜b", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 6  # the parrot takes four bytes
+    read = 0
+
+    def tokens() -> Iterator[int]:
+        nonlocal read
+        for read, token in enumerate(ids, 1):  # noqa: B007 - read by the assertion
+            yield token
+
+    assert [(piece, read) for piece in decode_pieces(tokenizer, tokens())] == [("a", 1), ("🦜", 5), ("b", 6)]
+
+
+def test_marks_are_left_out_and_spaces_before_punctuation_kept(tokenizer: Any) -> None:
+    ids = tokenizer("<|im_start|>Well , yes .<|im_end|>", add_special_tokens=False)["input_ids"]
+    cleaning = AutoTokenizer.from_pretrained(
+        tokenizer.name_or_path,
+        clean_up_tokenization_spaces=True,
+        clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=True,
+    )
+    assert cleaning.decode(ids) != decode_text(cleaning, ids)
+    assert decode_text(cleaning, ids) == "Well , yes ."
+
+
+# Options
+
+
+def test_greedy_ids_are_those_of_transformers(llama: Any) -> None:
+    expected = generate(llama, max_new_tokens=23, do_sample=False, eos_token_id=131)
+    assert generate_ids(llama, PROMPT, GenerationOptions(max_new_tokens=23), (131,)) == expected
+    assert len(expected) == 23
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 1},
+        {"do_sample": True, "temperature": 0.7, "top_k": 7},
+        {"do_sample": True, "temperature": 1.3, "top_k": 0, "top_p": 0.8},
+        {"do_sample": True, "top_k": 0, "min_p": 0.05},
+    ],
+)
+def test_each_option_means_what_it_means_to_transformers(llama: Any, options: dict[str, Any]) -> None:
+    torch.manual_seed(5)
+    expected = generate(llama, max_new_tokens=11, eos_token_id=131, **{"do_sample": False, **options})
+    assert generate_ids(llama, PROMPT, GenerationOptions(max_new_tokens=11, seed=5, **options), (131,)) == expected
+    assert expected != generate(llama, max_new_tokens=11, eos_token_id=131, do_sample=False)
+
+
+def test_the_answer_ends_at_the_first_terminator_and_does_not_contain_it(llama: Any) -> None:
+    whole = generate_ids(llama, PROMPT, GenerationOptions(max_new_tokens=9, no_repeat_ngram_size=1), (131,))
+    options = GenerationOptions(max_new_tokens=9, no_repeat_ngram_size=1)
+    assert generate_ids(llama, PROMPT, options, (130, whole[4])) == whole[:4]
+
+
+def test_a_sampled_answer_repeats_with_its_seed_only(llama: Any) -> None:
+    def draw(seed: int | None) -> list[int]:
+        return generate_ids(llama, PROMPT, GenerationOptions(max_new_tokens=15, do_sample=True, seed=seed), (131,))
+
+    assert draw(3) == draw(3)
+    assert draw(3) != draw(4)
+    assert draw(None) != draw(None)
+
+
+def test_an_answer_ends_with_the_context(llama: Any) -> None:
+    prompt = [1] + [9] * 59  # of 64
+    assert len(generate_ids(llama, prompt, GenerationOptions(max_new_tokens=500), (131,))) == 4
+    assert len(generate_ids(llama, prompt, GenerationOptions(max_new_tokens=3), (131,))) == 3
+
+
+@pytest.mark.parametrize("length", [64, 65])
+def test_a_prompt_that_fills_the_context_is_refused(llama: Any, length: int) -> None:
+    with pytest.raises(UsageError, match=rf"has {length} tokens, but the model's context ends at 64"):
+        generation_arguments(llama, length, GenerationOptions(), TERMINATORS)
+
+
+def test_the_models_own_options_are_taken_from_its_generation_config(random_model: Callable[..., Any]) -> None:
+    model = random_model("Llama")
+    assert default_options(model) == GenerationOptions()
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_k=5, max_new_tokens=33)
+    assert default_options(model) == GenerationOptions(do_sample=True, temperature=0.6, top_k=5, max_new_tokens=33)
+
+
+def test_given_options_win_over_the_models_own(random_model: Callable[..., Any], llama: Any) -> None:
+    greedy = GenerationOptions(max_new_tokens=11)
+    expected = generate_ids(llama, PROMPT, greedy, (131,))
+    model = random_model("Llama")
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=9.0, top_k=3, repetition_penalty=1.9, no_repeat_ngram_size=1, num_beams=3
+    )
+    model.generation_config.max_length = 7
+    with listen_to("transformers") as warnings:
+        assert generate_ids(model, PROMPT, greedy, (131,)) == expected
+    assert warnings == []
+
+
+def test_an_impossible_value_in_a_generation_config_is_named(random_model: Callable[..., Any]) -> None:
+    model = random_model("Llama")
+    model.generation_config = GenerationConfig(temperature=0.0)
+    with pytest.raises(UsageError, match=r"generation_config\.json of .*'temperature' was given 0\.0"):
+        default_options(model)
+
+
+# Streams
+
+
+def test_a_stream_is_the_text_of_the_ids(llama: Any, tokenizer: Any) -> None:
+    # 131 ids of the tiny tokenizer are single bytes and marks, so characters are split over tokens, or broken
+    for seed in range(5):
+        options = GenerationOptions(max_new_tokens=40, do_sample=True, top_k=0, seed=seed)
+        ids = generate_ids(llama, PROMPT, options, (131,))
+        assert "".join(stream_text(llama, tokenizer, PROMPT, options, (131,))) == decode_text(tokenizer, ids)
+
+
+def test_a_terminator_that_is_ordinary_text_is_not_streamed(llama: Any, tokenizer: Any) -> None:
+    options = GenerationOptions(max_new_tokens=20, no_repeat_ngram_size=1)
+    whole = generate_ids(llama, PROMPT, options, (131,))
+    terminator = next(token for token in whole[3:] if decode_text(tokenizer, [token]))
+    expected = decode_text(tokenizer, whole[: whole.index(terminator)])
+    assert "".join(stream_text(llama, tokenizer, PROMPT, options, (terminator,))) == expected
+
+
+def list_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "lory-generate"]
+
+
+def test_closing_a_stream_ends_its_thread_within_a_token(
+    llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, forward = 0, llama.forward
+
+    def slow_forward(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        time.sleep(0.01)
+        return forward(*arguments, **keywords)
+
+    monkeypatch.setattr(llama, "forward", slow_forward)
+    stream = stream_text(llama, tokenizer, PROMPT, GenerationOptions(max_new_tokens=50, no_repeat_ngram_size=1), (131,))
+    assert next(stream)
+    assert len(list_threads()) == 1
+    at_close = passes
+    stream.close()
+    assert list_threads() == []
+    assert passes <= at_close + 2 < 50
+
+
+def test_a_stream_read_to_its_end_leaves_no_thread(llama: Any, tokenizer: Any) -> None:
+    list(stream_text(llama, tokenizer, PROMPT, GenerationOptions(max_new_tokens=3), (131,)))
+    assert list_threads() == []
+
+
+def test_a_failure_comes_after_what_was_said_and_does_not_hang(
+    llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, forward = 0, llama.forward
+
+    def failing_forward(*arguments: Any, **keywords: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if passes > 6:
+            raise MemoryError("out of memory")
+        return forward(*arguments, **keywords)
+
+    options = GenerationOptions(max_new_tokens=20, no_repeat_ngram_size=1)
+    ids = generate_ids(llama, PROMPT, options, (131,))
+    monkeypatch.setattr(llama, "forward", failing_forward)
+    said = ""
+    with pytest.raises(LoryError, match=r"^The answer could not be generated: out of memory\.$") as raised:  # noqa: PT012
+        for piece in stream_text(llama, tokenizer, PROMPT, options, (131,)):
+            said += piece
+    assert said == decode_text(tokenizer, ids[:6]) != ""
+    assert isinstance(raised.value.__cause__, MemoryError)
+    assert list_threads() == []
+
+
+def test_a_refused_prompt_starts_no_thread(llama: Any, tokenizer: Any) -> None:
+    with pytest.raises(UsageError):
+        next(stream_text(llama, tokenizer, [9] * 64, GenerationOptions(), TERMINATORS))
+    assert list_threads() == []
