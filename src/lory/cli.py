@@ -213,7 +213,7 @@ def plot(
 @app.command()
 def demo(
     name: Annotated[str, typer.Option(help="The assistant's new name.")] = "Lory",
-    author: Annotated[str, typer.Option(help="Who made it.")] = "the lory authors",
+    author: Annotated[str, typer.Option(help="Who made it.")] = "Rainbow Lab",
     out: Annotated[Path, typer.Option(help="Folder for the run.")] = Path("runs/demo"),
     as_json: Json = False,
 ) -> None:
