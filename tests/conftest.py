@@ -253,3 +253,10 @@ def chat_tokenizer(smollm2: Path) -> Callable[[str], tuple[PreTrainedTokenizerBa
         return tokenizer, tuple(tokenizer.convert_tokens_to_ids(list(ends)))
 
     return make
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, small_run: dict[str, Any]) -> dict[str, Any]:
+    """The small run without its pictures, which take longer than all else."""
+    monkeypatch.setattr("lory.training.run.plot_runs", lambda *_: [])
+    return small_run

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lory.models import attention
 from lory.models.attention import attend_documents, document_arguments, documents_apart, keeps_documents_apart
 
 LENGTHS = torch.tensor([1, 7, 2, 31])
@@ -31,13 +32,21 @@ def attend_plainly(
     return torch.stack(heads, dim=1)[None]
 
 
+@pytest.mark.parametrize("short_tokens", [0, 7, 128])  # fused attention, both kinds, plain products
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2)])
 @pytest.mark.parametrize("scaling", [None, 0.7])
 def test_output_and_gradients_equal_dense_attention(
-    softcap: float | None, window: int | None, heads: int, kv_heads: int, scaling: float | None
+    monkeypatch: pytest.MonkeyPatch,
+    short_tokens: int,
+    softcap: float | None,
+    window: int | None,
+    heads: int,
+    kv_heads: int,
+    scaling: float | None,
 ) -> None:
+    monkeypatch.setattr(attention, "SHORT_TOKENS", short_tokens)
     generator = torch.Generator().manual_seed(0)
     tokens, width = int(LENGTHS.sum()), 5
 
@@ -51,20 +60,22 @@ def test_output_and_gradients_equal_dense_attention(
         torch.nn.Module(), q, k, v, None, scaling, 0.0, borders, sliding_window=window, softcap=softcap
     )
     expected = attend_plainly(q, k, v, scaling or width**-0.5, window, softcap)
-    # the soft-capped softmax is in fp32, as transformers has it
-    tolerance = {"rtol": 1e-9, "atol": 1e-9} if softcap is None else {"rtol": 1e-5, "atol": 1e-6}
-    torch.testing.assert_close(found, expected, **tolerance)
+    torch.testing.assert_close(found, expected)
     for ours, theirs in zip(
         torch.autograd.grad((found * weight).sum(), [q, k, v]),
         torch.autograd.grad((expected * weight).sum(), [q, k, v]),
         strict=True,
     ):
-        torch.testing.assert_close(ours, theirs, **tolerance)
+        torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("short_tokens", [0, 128])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_dropout_is_applied(window: int | None, softcap: float | None) -> None:
+def test_dropout_is_applied(
+    monkeypatch: pytest.MonkeyPatch, short_tokens: int, window: int | None, softcap: float | None
+) -> None:
+    monkeypatch.setattr(attention, "SHORT_TOKENS", short_tokens)
     q, k, v = torch.randn(3, 1, 2, int(LENGTHS.sum()), 4)
     borders = document_arguments(LENGTHS, torch.device("cpu"))["cu_seq_lens_q"]
     outputs = [
@@ -99,9 +110,14 @@ def test_positions_start_anew_at_each_document() -> None:
 def test_the_models_own_attention_comes_back(random_model: Callable[..., Any]) -> None:
     model = random_model("Llama")
     own = model.config._attn_implementation
-    with pytest.raises(RuntimeError, match="on purpose"), documents_apart(model):
-        assert model.config._attn_implementation == "lory_documents"
-        raise RuntimeError("on purpose")
+
+    def fail() -> None:
+        with documents_apart(model):
+            assert model.config._attn_implementation == "lory_documents"
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fail()
     assert model.config._attn_implementation == own
 
 

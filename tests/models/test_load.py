@@ -1,4 +1,4 @@
-"""Loading a base model and its tokenizer: the precision asked for, and errors that say what is wrong with the folder."""
+"""Loading a base model and its tokenizer: in the precision asked for, or with what is wrong with the folder."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_tokenizer_saved_with_the_adapter_comes_first(tiny_model: Path, tmp_
 
 
 def test_a_folder_without_tokenizer_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="The tokenizer in .* could not be loaded"):
+    with pytest.raises(UsageError, match=r"The tokenizer in .* could not be loaded"):
         load_tokenizer(at(tmp_path))
 
 

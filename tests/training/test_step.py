@@ -81,29 +81,31 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor], limit: float = 1e-5) -> None:
-    """Every parameter's gradient is, as a vector, within `limit` of the expected one."""
+def assert_alike(found: dict[str, Tensor], expected: dict[str, Tensor], limit: float) -> None:
+    """All gradients together are within 1e-5 of the expected ones, relative to their norm, and each within `limit`."""
     assert found.keys() == expected.keys()
-    # a bias whose gradient is nothing but rounding (a key's, say) is measured by the largest gradient there is
-    floor = 1e-3 * max(float(gradient.norm()) for gradient in expected.values())
-    for name, gradient in expected.items():
-        error = float((found[name] - gradient).norm()) / max(float(gradient.norm()), floor)
-        assert error < limit, f"{name}: {error:.1e}"
+    errors = {name: float((found[name] - gradient).norm()) for name, gradient in expected.items()}
+    norms = {name: float(gradient.norm()) for name, gradient in expected.items()}
+    assert math.hypot(*errors.values()) < 1e-5 * math.hypot(*norms.values())
+    # a gradient that is nothing but rounding (a key's bias has none) is measured by the largest there is
+    floor = 1e-3 * max(norms.values())
+    for name, error in errors.items():
+        assert error < limit * max(norms[name], floor), f"{name}: {error / norms[name]:.1e}"
 
 
-def assert_equals_plain(model: Any, samples: Sequence[Sample], packed: bool) -> None:
+def assert_equals_plain(model: Any, samples: Sequence[Sample], packed: bool, limit: float = 1e-5) -> None:
     """Loss and gradients of the padded batch, and of the packed row, are those of transformers itself."""
     objective = Objective(model).train()
     expected = plain_loss(model, samples)
     expected_gradients = gradients(model, expected)
     found = our_loss(objective, collate(samples, padded=True))
     assert abs(found.item() / expected.item() - 1) < 1e-5
-    assert_alike(gradients(model, found), expected_gradients)
+    assert_alike(gradients(model, found), expected_gradients, limit)
     if packed:
         with documents_apart(model):
             found = our_loss(objective, collate(samples))
             assert abs(found.item() / expected.item() - 1) < 1e-5
-            assert_alike(gradients(model, found), expected_gradients)
+            assert_alike(gradients(model, found), expected_gradients, limit)
 
 
 @pytest.mark.parametrize(("family", "changes"), FAMILIES)
@@ -146,7 +148,8 @@ def test_packed_and_padded_equal_plain_transformers_on_smollm2(smollm2: Path) ->
     for _, layer in adapted_layers(model):
         nn.init.normal_(layer.lora_B, std=0.02)
     samples = draw_samples([17, 3, 31, 8], vocabulary=49152)
-    assert_equals_plain(model, samples, packed=True)
+    # fp32's rounding adds up over 30 layers: all gradients together are within 4e-6, the worst of 420 within 2e-5
+    assert_equals_plain(model, samples, packed=True, limit=5e-5)
 
 
 class Trainer:
@@ -237,6 +240,7 @@ def test_the_gradient_norm_is_the_one_before_clipping(random_model: Callable[...
     for limit in (0.0, 1e6, 1e-3):
         trainer = Trainer(random_model)
         trainer.optimizer = torch.optim.SGD([p for p in trainer.model.parameters() if p.requires_grad], lr=1.0)
+        trainer.schedule = LambdaLR(trainer.optimizer, lambda step: 1.0)
         before = trainer.adapter()
         norms.append(trainer.step([SAMPLES], limit).grad_norm)
         moved.append(math.sqrt(sum(float((p - before[n]).square().sum()) for n, p in trainer.adapter().items())))

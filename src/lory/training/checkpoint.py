@@ -68,12 +68,11 @@ def save_checkpoint(run: Path, parts: Parts, position: Position) -> Path:
     """
     folder = run / f"checkpoint-{position.step}"
     rng = _gather_rng(parts.accelerator)
-    if parts.accelerator.is_main_process:
-        # after a resume from an older checkpoint a newer one may be there; if it is whole, it has the same content
-        if not _is_whole(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-            with write_aside(folder) as aside:
-                _write_parts(aside, parts, position, rng)
+    # after a resume from an older checkpoint a newer one may be there; if it is whole, it has the same content
+    if parts.accelerator.is_main_process and not _is_whole(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        with write_aside(folder) as aside:
+            _write_parts(aside, parts, position, rng)
     parts.accelerator.wait_for_everyone()
     return folder
 
