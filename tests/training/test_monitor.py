@@ -152,6 +152,14 @@ def test_the_time_left_is_measured_by_this_sessions_speed(tmp_path: Path, clock:
     assert read_log(tmp_path)[0]["remaining_seconds"] == 10.0
 
 
+def test_what_comes_before_the_first_step_does_not_count_for_the_time_left(tmp_path: Path, clock: Clock) -> None:
+    with Monitor(tmp_path, 10, log_every_steps=5, tensorboard=False) as monitor:
+        clock.now += 300
+        monitor.begin()
+        run_steps(monitor, 1, 5, clock)
+    assert read_log(tmp_path)[-1]["remaining_seconds"] == 10.0
+
+
 def test_rewind_drops_later_lines_and_a_torn_one(tmp_path: Path) -> None:
     lines = [
         {"step": 0, "eval": {"loss": 3.0}},

@@ -129,10 +129,13 @@ class Loop:
         else:
             self._tidy(position)
         self.objective.train()
+        if self.monitor:
+            self.monitor.begin()
         with catch_signals() as signals:
             while not self._is_over(position):
+                learning_rate = self.parts.optimizer.param_groups[0]["lr"]
                 result, seconds = self._take_step(position)
-                self._log(position, result, seconds)
+                self._log(position, result, learning_rate, seconds)
                 self._look_after(position)
                 if self._is_any(bool(signals)) and not self._is_over(position):
                     self._stop(position, signals)
@@ -158,14 +161,14 @@ class Loop:
             position.epoch, position.step_in_epoch = position.epoch + 1, 0
         return result, time.perf_counter() - start
 
-    def _log(self, position: Position, result: StepResult, seconds: float) -> None:
+    def _log(self, position: Position, result: StepResult, learning_rate: float, seconds: float) -> None:
         if not self.monitor:
             return
         self.monitor.log_step(
             position.step,
             {
                 "loss": result.loss,
-                "learning_rate": self.parts.optimizer.param_groups[0]["lr"],
+                "learning_rate": learning_rate,
                 "grad_norm": result.grad_norm,
                 "token_accuracy": result.token_accuracy,
                 "tokens_per_second": result.tokens / seconds,

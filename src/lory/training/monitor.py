@@ -79,7 +79,7 @@ class Monitor:
                 status = f"step {self._start}/{self._total}"
                 self._task = self._progress.add_task("", total=self._total, completed=self._start, status=status)
             self._stack = stack.pop_all()
-        self._entered = time.monotonic()
+        self._entered = self._began = time.monotonic()
         return self
 
     def __exit__(
@@ -94,6 +94,10 @@ class Monitor:
     def elapsed_seconds(self) -> float:
         """Seconds of training so far, those before a resume included."""
         return self._elapsed_before + time.monotonic() - self._entered
+
+    def begin(self) -> None:
+        """Compute the time left from now on: what came before (an evaluation, say) does not come with every step."""
+        self._began = time.monotonic()
 
     def log_step(self, step: int, values: Mapping[str, float | int]) -> None:
         """Take the numbers of optimizer step `step` (counted from 1); call it after every one.
@@ -138,7 +142,7 @@ class Monitor:
         done = self._step - self._start
         if done <= 0:
             return None
-        return max(self._total - self._step, 0) * (time.monotonic() - self._entered) / done
+        return max(self._total - self._step, 0) * (time.monotonic() - self._began) / done
 
     def _describe_step(self, values: Mapping[str, float | int | None], remaining: float | None) -> str:
         def show(name: str, form: str) -> str:
