@@ -142,7 +142,7 @@ def _train_in(folder: Path, prepared: Prepared, accelerator: Accelerator, resume
     model, matches = build_model(prepared, accelerator)
     padded = _must_pad(model, config.data.packing)
     objective = Objective(model)
-    optimizer = build_optimizer(model, config.train)
+    optimizer = build_optimizer(model, config.train, config.adapter.lora_plus_ratio)
     total = count_steps(config.train, plan)
     schedule = build_schedule(optimizer, config.train, total)
     parts = Parts(model, prepared.tokenizer, prepared.resolved.base, optimizer, schedule, accelerator)
