@@ -150,3 +150,22 @@ def test_going_on_with_other_layers_is_refused(adapter: Path, load_random: Load)
     attach_lora(model, AdapterConfig(rank=2, targets=["v_proj"]))
     with pytest.raises(UsageError, match="adapts other layers than this config does"):
         restore_adapter(model, adapter)
+
+
+def test_an_adapter_with_the_module_names_of_older_transformers_is_read(load_random: Load, tmp_path: Path) -> None:
+    model = load_random("qwen2-vl")
+    attach_lora(model, AdapterConfig(rank=2, targets=["q_proj", "qkv"], modules_to_save=["language_model.norm"]))
+    save_adapter(model, tmp_path, "base")
+    path = tmp_path / "adapter_model.safetensors"
+    old = {
+        key.replace("model.model.language_model.", "model.model.").replace(
+            "model.model.visual.", "model.visual."
+        ): value
+        for key, value in load_file(path).items()
+    }
+    assert any("base_model.model.visual.blocks" in key for key in old)
+    assert "base_model.model.model.norm.weight" in old
+    save_file(old, path)
+    again = load_random("qwen2-vl")
+    load_adapter(again, tmp_path)
+    assert again.state_dict().keys() == model.state_dict().keys()

@@ -175,3 +175,17 @@ def test_experts_learn_and_the_stack_itself_stays(load_random: Load) -> None:
     assert torch.equal(experts.gate_up_proj, before)
     assert experts.gate_up_proj.grad is None
     assert all(layer.lora_A.grad.abs().sum() > 0 for _, layer in adapted_layers(model))
+
+
+def test_an_adapted_rwkv_answers_alike_in_train_and_eval_mode(load_random: Load) -> None:
+    # transformers halves the weights of every rescale_every-th layer in eval mode, but not what adapters add
+    model = load_random("rwkv")
+    model.config.rescale_every = 1
+    ids = torch.tensor([[1, 2, 3]])
+    before = model(input_ids=ids).logits
+    attach(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, before, rtol=0, atol=1e-3)
+    for _, layer in adapted_layers(model):
+        nn.init.normal_(layer.lora_B, std=0.3)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(input_ids=ids).logits, model.train()(input_ids=ids).logits)

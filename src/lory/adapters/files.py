@@ -15,7 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lory.lora as lora
-from lory.adapters.inject import Settings, Trained, adapt, adapted_layers, set_parameter, whole_tensors
+from lory.adapters.inject import (
+    Settings,
+    Trained,
+    adapt,
+    adapted_layers,
+    keep_scale,
+    set_parameter,
+    whole_tensors,
+)
+from lory.adapters.layout import find_name
 from lory.adapters.targets import Target, ends_with, list_targets, look_up, parameter_kind
 from lory.lora.layer import LoRALayer, scale_of
 from lory.lora.parameter import ParameterLoRA
@@ -137,14 +146,15 @@ class AdapterFiles:
         return scale_of(self.rank(module), self.alpha(module), self.rslora)
 
     def name_parameters(self, model: nn.Module) -> None:
-        """Give adapters of bare parameters the parameters' own paths, and stacked ones their shape.
+        """Give what older transformers called otherwise, and adapters of bare parameters, the model's own paths.
 
-        PEFT nests these: of a module's n adapted parameters, in their order, the k-th lies under n - k times
+        PEFT nests the latter: of a module's n adapted parameters, in their order, the k-th lies under n - k times
         ``base_layer``. `model` is the plain one; one on the meta device will do.
 
         Raises:
             UsageError: the model has no such parameters.
         """
+        self._rename_old(model)
         wanted = self.config.get("target_parameters") or []
         targets = list_targets(model) if wanted else {}
         for module in self.modules if wanted else ():
@@ -156,6 +166,17 @@ class AdapterFiles:
             if depth >= len(names):
                 raise UsageError(f"{self.folder} adapts parameters of '{owner}' that this model does not have.")
             self._rename(module, names[-1 - depth])
+
+    def _rename_old(self, model: nn.Module) -> None:
+        modules, known = dict(model.named_modules()), model.state_dict()
+        paths = {module: module for module in self.modules}
+        for module in paths.keys() - modules.keys():
+            name = find_name(model, f"{module}.weight", known)
+            if name in known:
+                paths[module] = name.removesuffix(".weight")
+        self.weights = {(paths[module], part): tensor for (module, part), tensor in self.weights.items()}
+        self.embeddings = {paths[module] for module in self.embeddings}
+        self.whole = {find_name(model, name, known): tensor for name, tensor in self.whole.items()}
 
     def _rename(self, module: str, target: Target) -> None:
         lora_A, lora_B = self.weights.pop((module, "A")), self.weights.pop((module, "B"))
@@ -342,6 +363,7 @@ def load_adapter(model: nn.Module, folder: Path, trainable: bool = False) -> Non
             f"it was made for {files.config.get('base_model_name_or_path') or 'another model'}."
         )
     model.requires_grad_(False)
+    keep_scale(model)
     dropout = float(files.config.get("lora_dropout") or 0.0)
     for module in files.modules:
         target = targets[module]

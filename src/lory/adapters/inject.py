@@ -128,6 +128,7 @@ def attach_lora(model: nn.Module, config: AdapterConfig) -> list[Match]:
         if not any(f"{target.path}.".startswith(f"{path}.") for path in whole)
     ]
     model.requires_grad_(False)
+    keep_scale(model)
     matches = []
     for target in targets:
         layer = adapt(model, target, _settings(config, target.path))
@@ -139,6 +140,21 @@ def attach_lora(model: nn.Module, config: AdapterConfig) -> list[Match]:
         size = sum(parameter.numel() for parameter in module.parameters())
         matches.append(Match(path, type(module).__name__, (), 0, size))
     return matches
+
+
+def keep_scale(model: nn.Module) -> None:
+    """Stop RWKV from dividing the weights of its later layers in eval mode: an adapter's part would stay undivided.
+
+    The division and its counterpart in the forward are there against overflow in fp16, and cancel out (but for what the
+    norms add against division by zero).
+    """
+    for module in model.modules():
+        if hasattr(module, "layers_are_rescaled"):
+            mode = module.training
+            module.training = True
+            module._rescale_layers()  # back to what was loaded, where a forward has been before
+            module.training = mode
+            module.config.rescale_every = 0
 
 
 def _settings(config: AdapterConfig, path: str) -> Settings:
