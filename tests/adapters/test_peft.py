@@ -180,6 +180,8 @@ def test_biases_that_peft_trained_are_read(bias: Any, load_random: Load, tmp_pat
     model = load_random("gpt2")
     load_adapter(model, tmp_path)
     assert_equal(logits(model), logits(peft))
+    save_adapter(model, tmp_path, "base")
+    assert_equal(logits(PeftModel.from_pretrained(load_random("gpt2"), tmp_path).eval()), logits(peft))
 
 
 class Pictures(nn.Module):

@@ -238,7 +238,10 @@ def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
         tensors |= {prefix + key: value for key, value in _layer_tensors(layer).items()}
     if trained.tensors:
         state = model.state_dict()
-        tensors |= {_PREFIX + name: state[name] for name in trained.tensors}
+        for name in trained.tensors:
+            parent, _, own = name.rpartition(".")
+            # PEFT has what belongs to an adapted layer itself, such as its bias, under base_layer
+            tensors[f"{_PREFIX}{parent}{'.base_layer' if parent in layers else ''}.{own}"] = state[name]
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     write_json(folder / CONFIG_FILE, _describe(model, layers, trained, base))
@@ -371,8 +374,10 @@ def load_adapter(model: nn.Module, folder: Path, trainable: bool = False) -> Non
         how = Settings(files.rank(module), files.alpha(module), usable, files.rslora)
         layer = adapt(model, target, how)
         if (magnitude := files.magnitude(module)) is not None:
-            layer.add_magnitude()
-            _check_shape(folder, module, layer.lora_magnitude, magnitude)
+            try:
+                layer.add_magnitude(magnitude)
+            except ValueError as error:
+                raise UsageError(f"{folder} does not fit '{module}': {error} It was made for another model.") from error
         _copy_weights(files, module, layer)
         for parameter in layer.parameters(recurse=False):
             if parameter.dtype.is_floating_point:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -76,6 +77,11 @@ class AdapterConfig(Section):
     def _check(self) -> AdapterConfig:
         if self.layers is not None:
             parse_layers(self.layers)
+        for key in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(f"'{key}' is a broken regular expression: {error}") from error
         if low := [key for key, rank in self.rank_pattern.items() if rank < 1]:
             raise ValueError(f"rank_pattern has {self.rank_pattern[low[0]]} for '{low[0]}'; a rank is 1 or more")
         if low := [key for key, alpha in self.alpha_pattern.items() if not alpha > 0]:
@@ -127,6 +133,11 @@ def attach_lora(model: nn.Module, config: AdapterConfig) -> list[Match]:
         for target in match_targets(model, config.targets, config.exclude, config.layers)
         if not any(f"{target.path}.".startswith(f"{path}.") for path in whole)
     ]
+    for pattern in (config.rank_pattern, config.alpha_pattern):
+        if unused := [key for key in pattern if not any(look_up({key: True}, t.path, False) for t in targets)]:
+            raise UsageError(
+                f"adapter.rank_pattern or alpha_pattern has '{unused[0]}', which none of the targets matches."
+            )
     model.requires_grad_(False)
     keep_scale(model)
     matches = []

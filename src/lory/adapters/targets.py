@@ -131,6 +131,10 @@ def match_targets(
         matched = [target for target in matched if target.path not in excluded]
     if layers is not None:
         wanted = parse_layers(layers)
+        there = {number for path in known if (number := layer_number(path)) is not None}
+        if missing := sorted(wanted - there):
+            last = f"the last one is {max(there)}" if there else "its layers have no numbers"
+            raise UsageError(f"adapter.layers names layer {missing[0]}, which this model does not have: {last}.")
         matched = [target for target in matched if layer_number(target.path) in wanted]
     if not matched:
         raise _nothing_matched(model, targets, known, "adapter.targets")

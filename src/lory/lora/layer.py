@@ -107,13 +107,27 @@ class LoRALayer(nn.Module):
         """Whether the layer is DoRA's."""
         return "lora_magnitude" in self._parameters
 
-    def add_magnitude(self) -> None:
+    def add_magnitude(self, lengths: Tensor | None = None) -> None:
         """Make the layer DoRA's (Liu et al. 2024, arXiv 2402.09353): learn the lengths of the changed weight's rows.
 
-        `lora_magnitude` (outputs,) starts as these lengths, so that nothing changes yet.
+        Each forward that learns makes the changed weight as a whole, in fp32, for the norm of its rows; eval mode
+        keeps the norms.
+
+        Args:
+            lengths: what `lora_magnitude` (outputs,) starts as; by default the lengths there are, so nothing changes.
+
+        Raises:
+            ValueError: there is not one length for each output.
         """
         self._merged = None
-        self.lora_magnitude = nn.Parameter(self._changed_norm().to(self.lora_A.dtype))
+        if lengths is None:
+            lengths = self._changed_norm()
+        if lengths.shape != (outputs := self._count_outputs(),):
+            raise ValueError(f"lengths of shape {tuple(lengths.shape)} were given; ({outputs},) is expected.")
+        self.lora_magnitude = nn.Parameter(lengths.detach().to(self.lora_A, copy=True))
+
+    def _count_outputs(self) -> int:
+        return self.weight.shape[self.output_axis]
 
     @property
     def merged(self) -> bool:
