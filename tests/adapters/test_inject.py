@@ -65,6 +65,7 @@ def test_targets_are_names_expressions_and_layers(
         ({"exclude": ["nothing_like_it"]}, "adapter.exclude names 'nothing_like_it'"),
         ({"layers": "1-9"}, "names layer 2, which this model does not have: the last one is 1"),
         ({"targets": ["embed_tokens"], "layers": [0]}, "which no layer matches"),
+        ({"targets": ["up_proj"], "modules_to_save": ["mlp"]}, "contains all of the targets"),
         ({"rank_pattern": {"qproj": 3}}, "'qproj', which none of the targets matches"),
         ({"modules_to_save": ["lm_hed"]}, r"modules_to_save names 'lm_hed'.*Did you mean 'lm_head'\?"),
         ({"targets": ["embed_tokens"], "init": "pissa"}, "is no linear layer, which adapter.init pissa needs"),

@@ -133,6 +133,8 @@ def attach_lora(model: nn.Module, config: AdapterConfig) -> list[Match]:
         for target in match_targets(model, config.targets, config.exclude, config.layers)
         if not any(f"{target.path}.".startswith(f"{path}.") for path in whole)
     ]
+    if not targets:
+        raise UsageError("adapter.modules_to_save contains all of the targets; leave something that gets an adapter.")
     for pattern in (config.rank_pattern, config.alpha_pattern):
         if unused := [key for key in pattern if not any(look_up({key: True}, t.path, False) for t in targets)]:
             raise UsageError(
