@@ -1,4 +1,4 @@
-"""Adapters on disk are PEFT's: PEFT reads ours with equal logits, we read PEFT's, and refuse by name what we lack."""
+"""Adapter folders are read as they are meant, or refused by name."""
 
 from __future__ import annotations
 
@@ -9,263 +9,163 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
-from lory.adapters.files import AdapterFiles, load_adapter, read_adapter_config, save_adapter
-from lory.adapters.inject import AdapterConfig, adapted_layers, attach_lora, replace_linear
+from lory.adapters.files import AdapterFiles, load_adapter, restore_adapter, save_adapter
+from lory.adapters.inject import AdapterConfig, attach_lora
 from lory.runtime import UsageError
 
-IDS = torch.tensor([[5, 17, 99, 3, 64, 1, 2, 120]])
-EXPRESSION = r".*\.(0|1)\..*(q|down)_proj"
+Load = Callable[[str], Any]
 
 
 @pytest.fixture
-def fresh(random_model: Callable[..., Any]) -> Callable[[], Any]:
-    """A function that makes the same random model each time."""
-    return lambda: random_model("Llama")
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    return model.eval()(IDS).logits
-
-
-def fill(parameters: Any) -> None:
-    """Values that make the adapter change the logits a good deal."""
-    torch.manual_seed(5)
-    for parameter in parameters:
-        nn.init.normal_(parameter, std=0.3)
-
-
-def save_ours(model: nn.Module, folder: Path) -> Tensor:
-    fill(p for p in model.parameters() if p.requires_grad)
-    folder.mkdir(exist_ok=True)
-    save_adapter(model, folder, "the/base")
-    return logits(model)
-
-
-def save_pefts(model: nn.Module, folder: Path, **settings: Any) -> Tensor:
-    peft_model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
-    fill(p for name, p in peft_model.named_parameters() if ".lora_" in name)
-    peft_model.save_pretrained(folder)
-    return logits(peft_model)
-
-
-def assert_equal(found: Tensor, expected: Tensor, base: Tensor) -> None:
-    assert (expected - base).abs().max() > 0.1, "the adapter does nothing, so nothing is shown"
-    assert (found - expected).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize(
-    "targets", ["all-linear", ["q_proj", "v_proj"], ["lm_head", "layers.1.mlp.up_proj"], EXPRESSION]
-)
-@pytest.mark.parametrize(("rank", "alpha"), [(3, 7.5), (8, 16)])
-def test_peft_loads_ours_with_equal_logits(
-    fresh: Callable[[], Any], tmp_path: Path, targets: str | list[str], rank: int, alpha: float
-) -> None:
-    model = fresh()
-    attach_lora(model, AdapterConfig(rank=rank, alpha=alpha, dropout=0.2, targets=targets))
-    expected = save_ours(model, tmp_path)
-    theirs = PeftModel.from_pretrained(fresh(), tmp_path)
-    assert_equal(logits(theirs), expected, logits(fresh()))
-    assert sum("lora_A" in name for name, _ in theirs.named_parameters()) == len(list(adapted_layers(model)))
-    config = theirs.peft_config["default"]
-    assert (config.r, config.lora_alpha, config.lora_dropout) == (rank, alpha, 0.2)
-    assert config.base_model_name_or_path == "the/base"
-
-
-def test_peft_loads_ours_with_a_rank_and_alpha_of_each_layers_own(fresh: Callable[[], Any], tmp_path: Path) -> None:
-    model = fresh()
-    model.requires_grad_(False)
-    for rank, name in enumerate(["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "lm_head"], start=2):
-        replace_linear(model, name, rank, 3.0 * rank**2)
-    expected = save_ours(model, tmp_path)
-    assert_equal(logits(PeftModel.from_pretrained(fresh(), tmp_path)), expected, logits(fresh()))
-    ours = fresh()
-    load_adapter(ours, tmp_path)
-    assert_equal(logits(ours), expected, logits(fresh()))
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"target_modules": "all-linear", "r": 3, "lora_alpha": 5},
-        {"target_modules": ["q_proj", "up_proj"], "r": 4, "lora_alpha": 12, "lora_dropout": 0.1},
-        {"target_modules": EXPRESSION, "r": 4, "lora_alpha": 12},
-        {"target_modules": "all-linear", "r": 9, "lora_alpha": 4, "use_rslora": True},
-        {
-            "target_modules": "all-linear",
-            "r": 3,
-            "lora_alpha": 5,
-            "rank_pattern": {r"layers\.1\..*": 7, "q_proj": 2},
-            "alpha_pattern": {"v_proj": 11, r"layers\.0\..*": 1.5},
-        },
-        {"target_modules": ["v_proj"], "r": 5, "rank_pattern": {"v_proj": 7}, "use_rslora": True},
-        {"target_modules": ["q_proj"], "r": 3, "layers_to_transform": [1]},
-        {"target_modules": ["gate_proj", "o_proj"], "r": 3, "init_lora_weights": "gaussian"},
-    ],
-)
-def test_we_load_pefts_with_equal_logits(fresh: Callable[[], Any], tmp_path: Path, settings: dict[str, Any]) -> None:
-    save_pefts(fresh(), tmp_path, **settings)
-    # as PEFT reads it: it sorts the patterns when it writes them, and the first that matches counts
-    expected = logits(PeftModel.from_pretrained(fresh(), tmp_path))
-    model = fresh()
-    load_adapter(model, tmp_path)
-    assert_equal(logits(model), expected, logits(fresh()))
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_pefts_adapter_saved_again_is_the_same(fresh: Callable[[], Any], tmp_path: Path) -> None:
-    expected = save_pefts(fresh(), tmp_path / "theirs", target_modules="all-linear", r=4, use_rslora=True)
-    model = fresh()
-    load_adapter(model, tmp_path / "theirs", trainable=True)
-    assert {name[-6:] for name, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
-    (tmp_path / "ours").mkdir()
-    save_adapter(model, tmp_path / "ours", "the/base")
-    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    assert_equal(logits(PeftModel.from_pretrained(fresh(), tmp_path / "ours")), expected, logits(fresh()))
-
-
-def test_saved_and_loaded_is_bitwise_the_same(fresh: Callable[[], Any], tmp_path: Path) -> None:
-    model = fresh()
-    attach_lora(model, AdapterConfig(rank=3, alpha=7, dropout=0.3))
-    expected = save_ours(model, tmp_path)
-    again = fresh()
-    load_adapter(again, tmp_path)
-    assert torch.equal(logits(again), expected)
-    assert {layer.lora_dropout for _, layer in adapted_layers(again)} == {0.3}
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("use_dora", True),
-        ("modules_to_save", ["lm_head"]),
-        ("bias", "all"),
-        ("lora_bias", True),
-        ("fan_in_fan_out", True),
-        ("trainable_token_indices", [1, 2]),
-        ("target_parameters", ["experts.gate_up_proj"]),
-        ("layer_replication", [[0, 2], [1, 2]]),
-        ("alora_invocation_tokens", [1]),
-        ("use_qalora", True),
-        ("use_bdlora", {"nblocks": 2}),
-        ("arrow_config", {"top_k": 2}),
-        ("kasa_config", {}),
-        ("monteclora_config", {}),
-        ("init_lora_weights", "pissa"),
-        ("init_lora_weights", "pissa_niter_4"),
-        ("init_lora_weights", "olora"),
-        ("init_lora_weights", "corda"),
-        ("init_lora_weights", "loftq"),
-        ("init_lora_weights", "lora_ga"),
-    ],
-)
-def test_what_we_do_not_read_is_refused_by_name(fresh: Callable[[], Any], tmp_path: Path, key: str, value: Any) -> None:
-    save_pefts(fresh(), tmp_path, target_modules=["q_proj"])
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(UsageError, match=f"sets {key}="):
-        load_adapter(fresh(), tmp_path)
-
-
-def test_pissa_is_refused_because_it_changes_the_base(fresh: Callable[[], Any], tmp_path: Path) -> None:
-    save_pefts(fresh(), tmp_path, target_modules=["q_proj"], r=2, init_lora_weights="pissa")
-    with pytest.raises(UsageError, match="init_lora_weights='pissa'"):
-        load_adapter(fresh(), tmp_path)
-
-
-@pytest.mark.parametrize("settings", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "lora_only"}])
-def test_pefts_own_files_of_these_are_refused(
-    fresh: Callable[[], Any], tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    save_pefts(fresh(), tmp_path, target_modules=["q_proj"], **settings)
-    with pytest.raises(UsageError, match=f"sets {next(iter(settings))}="):
-        load_adapter(fresh(), tmp_path)
-
-
-def test_base_weights_that_peft_adds_are_refused_by_name(fresh: Callable[[], Any], tmp_path: Path) -> None:
-    save_pefts(fresh(), tmp_path, target_modules=["lm_head"])
-    with pytest.raises(
-        UsageError, match=r"holds 'base_model\.model\.lm_head\.base_layer\.weight', which is not a LoRA"
-    ):
-        load_adapter(fresh(), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("config", "sentence"),
-    [
-        ({}, "has no 'peft_type'"),
-        ([], "has no 'peft_type'"),
-        ({"peft_type": "IA3"}, "is a IA3 adapter; LORA is what lory reads"),
-        ({"peft_type": "LORA"}, "has no 'lora_alpha'"),
-    ],
-)
-def test_a_config_that_is_no_loras(tmp_path: Path, config: Any, sentence: str) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match=sentence):
-        read_adapter_config(tmp_path)
-
-
-@pytest.fixture
-def ours(fresh: Callable[[], Any], tmp_path: Path) -> Path:
-    """An adapter on all q_proj layers, saved."""
-    model = fresh()
-    attach_lora(model, AdapterConfig(rank=3, targets=["q_proj"]))
-    save_ours(model, tmp_path)
+def adapter(load_random: Load, tmp_path: Path) -> Path:
+    model = load_random("llama")
+    attach_lora(model, AdapterConfig(rank=2, targets=["q_proj"]))
+    save_adapter(model, tmp_path, "somewhere/base")
     return tmp_path
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
-    tensors = load_file(folder / "adapter_model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "adapter_model.safetensors")
+def edit_config(folder: Path, **values: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_a_missing_file_and_a_pickled_one(ours: Path) -> None:
-    (ours / "adapter_model.safetensors").unlink()
-    with pytest.raises(UsageError, match=r"adapter_model\.safetensors does not exist\.$"):
-        AdapterFiles(ours)
-    (ours / "adapter_model.bin").touch()
-    with pytest.raises(UsageError, match="a pickle and is not read"):
-        AdapterFiles(ours)
+def edit_weights(folder: Path, drop: str = "", **values: torch.Tensor) -> None:
+    path = folder / "adapter_model.safetensors"
+    kept = {key: value for key, value in load_file(path).items() if not drop or drop not in key}
+    save_file(kept | values, path)
 
 
-def test_a_torn_file(ours: Path) -> None:
-    path = ours / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(UsageError, match="is not a whole safetensors file"):
-        AdapterFiles(ours)
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"trainable_token_indices": [3]},
+        {"lora_bias": True},
+        {"layer_replication": [[0, 2]]},
+        {"alora_invocation_tokens": [1]},
+        {"use_qalora": True},
+        {"arrow_config": {"top_k": 2}},
+        {"some_future_thing": 1},
+    ],
+)
+def test_what_is_unknown_is_refused_by_name(adapter: Path, values: dict[str, Any]) -> None:
+    edit_config(adapter, **values)
+    with pytest.raises(UsageError, match=next(iter(values))):
+        AdapterFiles(adapter)
 
 
-def test_half_a_pair_a_foreign_tensor_and_none_at_all(ours: Path) -> None:
-    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
-    rewrite(ours, lambda tensors: tensors.update(extra=torch.zeros(1)))
-    with pytest.raises(UsageError, match="holds 'extra', which is not a LoRA weight"):
-        AdapterFiles(ours)
-    rewrite(ours, lambda tensors: (tensors.pop("extra"), tensors.pop(key)))
-    with pytest.raises(UsageError, match=r"only one of lora_A and lora_B for 'model\.layers\.0\.self_attn\.q_proj'"):
-        AdapterFiles(ours)
-    rewrite(ours, dict.clear)
-    with pytest.raises(UsageError, match="holds no tensors"):
-        AdapterFiles(ours)
+def test_keys_that_change_nothing_are_read(adapter: Path) -> None:
+    edit_config(adapter, some_future_thing=None, layers_to_transform=[0], layers_pattern="layers", peft_version="9")
+    assert AdapterFiles(adapter).modules == [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
 
 
-def test_an_adapter_for_another_model(ours: Path, random_model: Callable[..., Any]) -> None:
-    with pytest.raises(UsageError, match="that this model does not have; it was made for the/base"):
-        load_adapter(random_model("Llama", num_hidden_layers=1), ours)
-    with pytest.raises(UsageError, match=r"has A \(3, 24\) and B \(24, 3\) .* a layer of 28 inputs"):
-        load_adapter(random_model("Llama", hidden_size=28), ours)
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda"])
+def test_weights_of_a_changed_base_are_refused_with_the_remedy(adapter: Path, init: str) -> None:
+    edit_config(adapter, init_lora_weights=init)
+    with pytest.raises(UsageError, match="path_initial_model_for_weight_conversion"):
+        AdapterFiles(adapter)
 
 
-def test_the_formula_of_the_scaling(fresh: Callable[[], Any], tmp_path: Path) -> None:
-    save_pefts(fresh(), tmp_path, target_modules=["q_proj"], r=4, lora_alpha=12, use_rslora=True)
-    files = AdapterFiles(tmp_path)
-    assert files.modules == [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
-    assert files.scaling(files.modules[0]) == pytest.approx(12 / 4**0.5)
-    lora_A, lora_B = files.factors(files.modules[0])
-    assert (lora_A.shape, lora_B.shape) == ((4, 24), (24, 4))
+def test_half_an_adapter_is_refused(adapter: Path) -> None:
+    edit_weights(adapter, drop="layers.1.self_attn.q_proj.lora_B")
+    with pytest.raises(UsageError, match=r"only one of lora_A and lora_B for 'model\.layers\.1\.self_attn\.q_proj'"):
+        AdapterFiles(adapter)
+
+
+def test_dora_without_its_magnitudes_is_refused(adapter: Path) -> None:
+    edit_config(adapter, use_dora=True)
+    with pytest.raises(UsageError, match=r"disagree whether .* is DoRA"):
+        AdapterFiles(adapter)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_C.weight", "not a LoRA weight that lory knows"),
+        ("model.layers.0.self_attn.q_proj.weight", "not a LoRA weight that lory knows"),
+        ("base_model.model.model.token_adapter.trainable_tokens_delta", "not a LoRA weight that lory knows"),
+        ("base_model.model.model.elsewhere.weight", "'model.elsewhere.weight', which this model does not have"),
+        ("base_model.model.model.norm.weight", r"has \(3,\) for 'model.norm.weight', where this model has \(16,\)"),
+    ],
+)
+def test_a_tensor_with_no_place_is_refused_by_name(adapter: Path, key: str, message: str, load_random: Load) -> None:
+    edit_weights(adapter, **{key: torch.zeros(3)})
+    with pytest.raises(UsageError, match=message):
+        load_adapter(load_random("llama"), adapter)
+
+
+def test_an_adapter_of_another_model_is_refused(adapter: Path, load_random: Load) -> None:
+    with pytest.raises(UsageError, match="1 more layers that this model does not have; it was made for somewhere/base"):
+        load_adapter(load_random("gpt2"), adapter)
+    edit_weights(adapter, **{"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(2, 17)})
+    with pytest.raises(UsageError, match=r"has \(2, 17\) for .* where this model has \(2, 16\)"):
+        load_adapter(load_random("llama"), adapter)
+
+
+def test_a_second_adapter_is_refused(adapter: Path, load_random: Load) -> None:
+    model = load_random("llama")
+    load_adapter(model, adapter)
+    with pytest.raises(UsageError, match="carries an adapter already"):
+        load_adapter(model, adapter)
+
+
+def test_an_adapter_loaded_to_be_trained_trains_its_own_parameters_only(adapter: Path, load_random: Load) -> None:
+    model = load_random("llama")
+    load_adapter(model, adapter, trainable=True)
+    learnt = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(learnt) == 4
+    assert all("lora_" in name for name in learnt)
+
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dora": ("gpt2", {"type": "dora", "targets": ["c_attn", "wte"]}),
+    "pissa": ("llama", {"init": "pissa", "rslora": True}),
+    "experts": ("qwen2-moe", {}),
+    "whole": ("gpt2", {"modules_to_save": ["lm_head", "ln_f"]}),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_training_goes_on_from_what_was_stored(case: str, load_random: Load, tmp_path: Path) -> None:
+    architecture, settings = CONFIGS[case]
+    config = AdapterConfig(rank=2, alpha=5, **settings)
+    model, again = load_random(architecture), load_random(architecture)
+    attach_lora(model, config)
+    attach_lora(again, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.rand_like(parameter))
+    save_adapter(model, tmp_path, "base")
+    restore_adapter(again, tmp_path)
+    expected, found = model.state_dict(), again.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+def test_going_on_with_other_layers_is_refused(adapter: Path, load_random: Load) -> None:
+    model = load_random("llama")
+    attach_lora(model, AdapterConfig(rank=2, targets=["v_proj"]))
+    with pytest.raises(UsageError, match="adapts other layers than this config does"):
+        restore_adapter(model, adapter)
+
+
+def test_an_adapter_with_the_module_names_of_older_transformers_is_read(load_random: Load, tmp_path: Path) -> None:
+    model = load_random("qwen2-vl")
+    attach_lora(model, AdapterConfig(rank=2, targets=["q_proj", "qkv"], modules_to_save=["language_model.norm"]))
+    save_adapter(model, tmp_path, "base")
+    path = tmp_path / "adapter_model.safetensors"
+    old = {
+        key.replace("model.model.language_model.", "model.model.").replace(
+            "model.model.visual.", "model.visual."
+        ): value
+        for key, value in load_file(path).items()
+    }
+    assert any("base_model.model.visual.blocks" in key for key in old)
+    assert "base_model.model.model.norm.weight" in old
+    save_file(old, path)
+    again = load_random("qwen2-vl")
+    load_adapter(again, tmp_path)
+    assert again.state_dict().keys() == model.state_dict().keys()

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lory.adapters import merge
 from lory.adapters.files import AdapterFiles, save_adapter
-from lory.adapters.inject import AdapterConfig, adapted_layers, attach_lora
+from lory.adapters.inject import AdapterConfig, attach_lora
 from lory.adapters.merge import MergeReport, merge_shards, parse_size
 from lory.lora.functional import delta_weight
 from lory.runtime import LoryError, UsageError
@@ -42,15 +42,15 @@ def make_base(folder: Path, dtype: torch.dtype = torch.float32, shard: str = "6K
     return folder
 
 
-def make_adapter(folder: Path, base: Path, targets: str | list[str] = "all-linear") -> Tensor:
-    """A rank-3, alpha-7 adapter with random A and B for `base`, saved; returns the adapted model's logits."""
+def make_adapter(folder: Path, base: Path, **settings: Any) -> Tensor:
+    """A rank-3, alpha-7 adapter with random weights for `base`, saved; returns the adapted model's logits."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
-    attach_lora(model, AdapterConfig(rank=3, alpha=7, targets=targets))
+    attach_lora(model, AdapterConfig(rank=3, alpha=7, **settings))
     torch.manual_seed(1)
     with torch.no_grad():
-        for _, layer in adapted_layers(model):
-            layer.lora_A.normal_(std=0.3)
-            layer.lora_B.normal_(std=0.3)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
     folder.mkdir(exist_ok=True)
     save_adapter(model, folder, str(base))
     return logits(model)
@@ -131,7 +131,7 @@ def test_an_fp64_base_is_merged_in_fp64(tmp_path: Path, out: Path) -> None:
 
 
 def test_a_cast_changes_floats_only_and_is_named_in_the_config(base: Path, adapter: Path, out: Path) -> None:
-    edit_json(base / "config.json", torch_dtype="float32", text_config={"dtype": "float32", "hidden_size": 12})
+    edit_json(base / "config.json", torch_dtype="float32", inner={"dtype": "float32", "hidden_size": 12})
     file = sorted(base.glob("model-*.safetensors"))[0]
     save_file(load_file(file) | {"steps": torch.tensor([3])}, file)
     index = json.loads((base / "model.safetensors.index.json").read_text())
@@ -146,8 +146,8 @@ def test_a_cast_changes_floats_only_and_is_named_in_the_config(base: Path, adapt
     assert cast["steps"].dtype == torch.int64
     assert all(torch.equal(cast[name], exact[name].to(torch.bfloat16)) for name in exact if name != "steps")
     config = json.loads((out / "config.json").read_text())
-    assert config["dtype"] == config["torch_dtype"] == config["text_config"]["dtype"] == "bfloat16"
-    assert config["text_config"]["hidden_size"] == 12
+    assert config["dtype"] == config["torch_dtype"] == config["inner"]["dtype"] == "bfloat16"
+    assert config["inner"]["hidden_size"] == 12
     assert json.loads((plain / "config.json").read_text())["dtype"] == "float32"
 
 
@@ -274,10 +274,55 @@ def test_a_module_without_a_weight_in_the_base_is_refused(base: Path, adapter: P
     refused(base, adapter, out, r"'model\.layers\.1\.mlp\.up_proj\.weight'.*no such weight")
 
 
-def test_an_adapted_tied_head_is_refused(tmp_path: Path, out: Path) -> None:
+def test_an_adapted_tied_head_of_a_model_of_its_own_code_is_refused(tmp_path: Path, out: Path) -> None:
     base = make_base(tmp_path / "base", tied=True)
     make_adapter(tmp_path / "adapter", base, targets=["lm_head"])
+    edit_json(base / "config.json", model_type="own", architectures=["OwnForCausalLM"])
     refused(base, tmp_path / "adapter", out, r"'lm_head\.weight', which is tied to the embeddings")
+
+
+def test_a_model_of_its_own_code_is_merged_by_names(base: Path, adapter: Path, out: Path) -> None:
+    plain = out.with_name("plain")
+    plain.mkdir()
+    merge_shards(base, adapter, plain)
+    edit_json(base / "config.json", model_type="own", architectures=["OwnForCausalLM"])
+    merge_shards(base, adapter, out)
+    expected, found = read_weights(plain), read_weights(out)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"targets": ["lm_head"]}, {"targets": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]}]
+)
+def test_tied_weights_that_come_to_differ_are_untied_explicitly(
+    tmp_path: Path, out: Path, settings: dict[str, Any]
+) -> None:
+    base = make_base(tmp_path / "base", tied=True)
+    expected = make_adapter(tmp_path / "adapter", base, **settings)
+    report = merge_shards(base, tmp_path / "adapter", out)
+    torch.testing.assert_close(load_logits(out), expected, rtol=0, atol=1e-5)
+    weights = read_weights(out)
+    assert not torch.equal(weights["lm_head.weight"], weights["model.embed_tokens.weight"])
+    assert report.tensors == len(weights) == len(read_weights(base)) + 1
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_tied_weights_that_nothing_changes_stay_tied(tmp_path: Path, out: Path) -> None:
+    base = make_base(tmp_path / "base", tied=True)
+    make_adapter(tmp_path / "adapter", base)
+    merge_shards(base, tmp_path / "adapter", out)
+    assert "lm_head.weight" not in read_weights(out)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_a_head_that_is_stored_beside_its_embeddings_keeps_its_values(tmp_path: Path, out: Path) -> None:
+    base = make_base(tmp_path / "base", shard="1GB", tied=True)
+    file = base / "model.safetensors"
+    save_file(load_file(file) | {"lm_head.weight": torch.randn(37, 12)}, file, metadata={"format": "pt"})
+    expected = make_adapter(tmp_path / "adapter", base, targets=["embed_tokens"])
+    merge_shards(base, tmp_path / "adapter", out)
+    torch.testing.assert_close(load_logits(out), expected, rtol=0, atol=1e-5)
 
 
 def test_an_adapter_for_other_shapes_is_refused(base: Path, adapter: Path, out: Path) -> None:

@@ -150,7 +150,7 @@ def test_gradient_checkpointing_takes_less(prepared: Callable[..., Prepared]) ->
 
 def test_a_layer_that_is_not_there_is_refused(prepared: Callable[..., Prepared]) -> None:
     made = prepared(adapter={"targets": ["q_prj"]})
-    with pytest.raises(UsageError, match=r"'q_prj', which no linear layer matches\. Did you mean 'q_proj'\?"):
+    with pytest.raises(UsageError, match=r"'q_prj', which no layer matches\. Did you mean 'q_proj'\?"):
         estimate_memory(made, made.plan().rows)
 
 

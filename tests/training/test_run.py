@@ -222,7 +222,7 @@ def test_a_config_comes_in_any_form(quick: dict[str, Any], tmp_path: Path, form:
         (["train.learning_rat=1"], r"unknown key 'train\.learning_rat'; did you mean 'train\.learning_rate'\?"),
         (["model.path=no-such-model"], "'no-such-model' is no folder here and no hub id"),
         (["data.train.0.path=no-such-file.jsonl"], r"no-such-file\.jsonl"),
-        (["adapter.targets=[wq]"], "adapter.targets names 'wq', which no linear layer matches"),
+        (["adapter.targets=[wq]"], "adapter.targets names 'wq', which no layer matches"),
         (["data.max_tokens=8"], r"No token is left to learn from data\.train \(longer than 8 tokens: 24\)"),
     ],
 )

@@ -18,7 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lory.adapters.files import CONFIG_FILE, AdapterFiles
+from lory.adapters.layout import Layout, Piece, read_layout
+from lory.adapters.targets import Kind, list_targets
 from lory.lora.functional import delta_weight
+from lory.lora.layer import norm_outputs, spread
 from lory.runtime import LoryError, UsageError, explain_os_error, read_json, write_json
 
 SINGLE_FILE = "model.safetensors"
@@ -66,6 +69,7 @@ class _Entry:
     """A tensor of the base, known by its file's header only."""
 
     file: Any  # an open safe_open handle
+    name: str  # in that file
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -105,7 +109,11 @@ def merge_shards(
     try:
         with contextlib.ExitStack() as stack:
             entries = _read_headers(base, stack)
-            _check_modules(files, entries, base, config)
+            layout = read_layout(base, config, {name: entry.shape for name, entry in entries.items()})
+            changes = _plan_changes(files, layout, entries, base, config)
+            if _untie(changes, files, layout, entries):
+                config = _set_everywhere(config, tie_word_embeddings=False)
+            _check_changes(changes, files, layout, entries, base)
             sizes = {name: math.prod(e.shape) * e.dtype_after(dtype).itemsize for name, e in entries.items()}
             plan = split_state_dict_into_shards_factory(
                 sizes,
@@ -119,7 +127,7 @@ def merge_shards(
 
             def make_tensor(name: str) -> Tensor:
                 nonlocal done
-                tensor = _make_tensor(name, entries[name], files, dtype, device)
+                tensor = _make_tensor(name, entries[name], layout.pieces.get(name), changes, files, dtype, device)
                 done += 1
                 if progress:
                     progress(done, len(entries))
@@ -177,7 +185,7 @@ def _read_headers(base: Path, stack: contextlib.ExitStack) -> dict[str, _Entry]:
             header = file.get_slice(name)
             if header.get_dtype() not in _DTYPES:
                 raise UsageError(f"{path} holds '{name}' as {header.get_dtype()}, a type that lory cannot copy.")
-            entries[name] = _Entry(file, tuple(header.get_shape()), _DTYPES[header.get_dtype()])
+            entries[name] = _Entry(file, name, tuple(header.get_shape()), _DTYPES[header.get_dtype()])
     if missing := [name for name in weight_map if name not in entries]:
         raise UsageError(f"{base / INDEX_FILE} names '{missing[0]}', which {weight_map[missing[0]]} does not hold.")
     return entries
@@ -198,41 +206,172 @@ def _read_weight_map(base: Path) -> dict[str, str]:
     raise UsageError(f"{base} has neither {SINGLE_FILE} nor {INDEX_FILE}; a model folder with weights is expected.")
 
 
-def _check_modules(files: AdapterFiles, entries: Mapping[str, _Entry], base: Path, config: Mapping[str, Any]) -> None:
-    """Refuse an adapter with a layer that has no weight of its own in the base, another shape, or NaN in it."""
+@dataclass(frozen=True)
+class _Change:
+    """What becomes of one parameter: scaling * B A is added and, for DoRA, each output's row gets its length."""
+
+    module: str
+    kind: Kind
+    transposed: bool
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    magnitude: Tensor | None
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether the change is one of a parameter of this shape."""
+        A, B = self.lora_A.shape, self.lora_B.shape
+        if len(A) != len(B) or A[-2] != B[-1] or (self.magnitude is not None and self.magnitude.shape != B[:1]):
+            return False
+        if self.kind == "convolution":
+            return len(shape) > 2 and B[0] == shape[0] and A[1] == math.prod(shape[1:])
+        own = (*A[:-2], A[-1], B[-2]) if self.transposed else (*A[:-2], B[-2], A[-1])
+        return own == shape
+
+    def apply(self, tensor: Tensor, piece: Piece) -> Tensor:
+        """The changed piece, wide; `tensor` is what the piece was."""
+        lora_A = self.lora_A if piece.expert is None else self.lora_A[piece.expert]
+        lora_A, lora_B = (
+            factor.to(tensor.device, torch.promote_types(factor.dtype, _wide(tensor.dtype)))
+            for factor in (lora_A, piece.cut(self.lora_B))
+        )
+        if self.transposed:
+            lora_A, lora_B = lora_B.transpose(-2, -1), lora_A.transpose(-2, -1)
+        # added in place on the delta: a wide copy of the weight is never made
+        changed = delta_weight(lora_A, lora_B, self.scaling).view(tensor.shape).add_(tensor)
+        if self.magnitude is not None:
+            axis = int(self.transposed)
+            scale = piece.cut(self.magnitude).to(changed) / norm_outputs(changed, axis)
+            changed.mul_(spread(scale, changed, axis))
+        return changed
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _plan_changes(
+    files: AdapterFiles, layout: Layout, entries: Mapping[str, _Entry], base: Path, config: Mapping[str, Any]
+) -> dict[str, _Change]:
+    """What becomes of each adapted parameter, by its name in the model."""
+    if layout.model is not None:
+        files.name_parameters(layout.model)
+    elif files.config.get("target_parameters"):
+        raise UsageError(
+            f"{files.folder} adapts bare parameters; {base} has a model of its own code, which hides them."
+        )
+    targets = list_targets(layout.model) if layout.model is not None else {}
+    changes = {}
     for module in files.modules:
-        entry = entries.get(f"{module}.weight")
-        # some models store a copy of a tied head; loading throws it away, and the delta with it
-        tied = config.get("tie_word_embeddings") is True and module.rpartition(".")[2] == "lm_head"
-        if entry is None or tied:
-            reason = "which is tied to the embeddings in" if tied else "but there is no such weight in"
-            remedy = "use the adapter unmerged" if tied else "merge into the model that it was made for"
-            raise UsageError(f"{files.folder} adapts '{module}.weight', {reason} {base}; {remedy}.")
-        lora_A, lora_B = files.factors(module)
-        fits = lora_A.ndim == lora_B.ndim == 2 and lora_A.shape[0] == lora_B.shape[1]
-        if not fits or entry.shape != (lora_B.shape[0], lora_A.shape[1]):
+        target = targets.get(module)
+        if target is None and layout.model is not None:
+            raise _no_weight(files, module, base)
+        kind = target.kind if target else _guess_kind(files, module, entries)
+        if (kind == "embedding") != (module in files.embeddings):
+            raise UsageError(f"{files.folder} and {base} disagree whether '{module}' is an embedding.")
+        # a head that is tied needs the model's own word about it
+        if layout.model is None and config.get("tie_word_embeddings") is True and module.endswith("lm_head"):
             raise UsageError(
-                f"{files.folder} has A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)} for '{module}', whose weight "
-                f"is {entry.shape} in {base}; merge into the model that it was made for."
+                f"{files.folder} adapts '{module}.weight', which is tied to the embeddings in {base}; use "
+                "the adapter unmerged."
+            )
+        transposed = kind in ("conv1d", "embedding") or (target is not None and target.transposed)
+        change = _Change(
+            module, kind, transposed, *files.factors(module), files.scaling(module), files.magnitude(module)
+        )
+        changes[module if target and target.owner else f"{module}.weight"] = change
+    return changes
+
+
+def _guess_kind(files: AdapterFiles, module: str, entries: Mapping[str, _Entry]) -> Kind:
+    """The kind of layer where there is no model to ask."""
+    entry = entries.get(f"{module}.weight")
+    if module in files.embeddings:
+        return "embedding"
+    if entry is not None and len(entry.shape) > 2:
+        return "convolution"
+    return "conv1d" if files.config.get("fan_in_fan_out") else "linear"
+
+
+def _no_weight(files: AdapterFiles, module: str, base: Path) -> UsageError:
+    return UsageError(
+        f"{files.folder} adapts '{module}.weight', but there is no such weight in {base}; merge into the model that it "
+        "was made for."
+    )
+
+
+def _untie(changes: Mapping[str, _Change], files: AdapterFiles, layout: Layout, entries: dict[str, _Entry]) -> bool:
+    """Give tied parameters tensors of their own where the adapter makes them differ; whether it does."""
+    touched = changes.keys() | files.whole.keys()
+    if not any(target in touched or source in touched for target, source in layout.ties.items()):
+        return False
+    for pair in layout.ties.items():
+        stored = [name for parameter in pair for name in layout.stored(parameter)]
+        # where both are stored, transformers loads both; where neither is, the check that follows says so
+        if len(stored) == 1:
+            missing = next(name for name in pair if name != layout.pieces[stored[0]].parameter)
+            entries[missing] = entries[stored[0]]
+            layout.pieces[missing] = Piece(missing)
+    return True
+
+
+def _check_changes(
+    changes: Mapping[str, _Change],
+    files: AdapterFiles,
+    layout: Layout,
+    entries: Mapping[str, _Entry],
+    base: Path,
+) -> None:
+    """Refuse an adapter with something that has no place of its own in the base, another shape, or NaN in it."""
+    shapes = {name: tuple(value.shape) for name, value in layout.model.state_dict().items()} if layout.model else {}
+    for parameter, change in changes.items():
+        names = layout.stored(parameter)
+        if not names:
+            if parameter in shapes and entries.keys() - layout.pieces.keys():
+                raise UsageError(
+                    f"{files.folder} adapts '{parameter}', which {base} may hold in a form that lory cannot merge "
+                    "into; load that model with transformers, save it with save_original_format=False, merge there."
+                )
+            raise _no_weight(files, change.module, base)
+        entry = entries[names[0]]
+        shape = entry.shape if layout.pieces[names[0]] == Piece(parameter) else shapes[parameter]
+        if not change.fits(shape):
+            raise UsageError(
+                f"{files.folder} has A {tuple(change.lora_A.shape)} and B {tuple(change.lora_B.shape)} for "
+                f"'{change.module}', whose weight is {shape} in {base}; merge into the model that it was made for."
             )
         if entry.dtype not in _FLOATS:
-            raise UsageError(f"'{module}.weight' is {entry.dtype} in {base}; merge into the 16- or 32-bit model.")
-        if not (lora_A.isfinite().all() and lora_B.isfinite().all()):
-            raise UsageError(f"{files.folder} has NaN or infinity in '{module}'; take an earlier checkpoint.")
+            raise UsageError(f"'{names[0]}' is {entry.dtype} in {base}; merge into the 16- or 32-bit model.")
+        if not (change.lora_A.isfinite().all() and change.lora_B.isfinite().all()):
+            raise UsageError(f"{files.folder} has NaN or infinity in '{change.module}'; take an earlier checkpoint.")
+    for parameter, tensor in files.whole.items():
+        names = layout.stored(parameter)
+        if not names:
+            raise UsageError(f"{files.folder} holds '{parameter}', which {base} does not have.")
+        if any(layout.pieces[name].cut(tensor).shape != entries[name].shape for name in names):
+            raise UsageError(f"{files.folder} holds '{parameter}' in another shape than {base}.")
 
 
-def _make_tensor(name: str, entry: _Entry, files: AdapterFiles, dtype: torch.dtype | None, device: str) -> Tensor:
-    tensor = entry.file.get_tensor(name)
-    module = name.removesuffix(".weight")
+def _make_tensor(
+    name: str,
+    entry: _Entry,
+    piece: Piece | None,
+    changes: Mapping[str, _Change],
+    files: AdapterFiles,
+    dtype: torch.dtype | None,
+    device: str,
+) -> Tensor:
     target = entry.dtype_after(dtype)
-    if name != module and (module, "A") in files.weights:
-        wide = torch.promote_types(entry.dtype, torch.float32)
-        lora_A, lora_B = (
-            factor.to(device, torch.promote_types(factor.dtype, wide)) for factor in files.factors(module)
-        )
-        # added in place on the delta: a wide copy of the weight is never made
-        tensor = delta_weight(lora_A, lora_B, files.scaling(module)).add_(tensor.to(device))
-    elif target == entry.dtype:
+    change = changes.get(piece.parameter) if piece else None
+    if piece and piece.parameter in files.whole:
+        tensor = piece.cut(files.whole[piece.parameter]).contiguous()
+    else:
+        tensor = entry.file.get_tensor(entry.name)
+        if entry.name != name:  # a tied one: safetensors refuses to write one memory twice
+            tensor = tensor.clone()
+    if piece and change:
+        tensor = change.apply(tensor.to(device), piece)
+    elif target == tensor.dtype:
         return tensor
     result = tensor.to(target)
     if not torch.equal(result.isfinite(), tensor.isfinite()):
@@ -257,13 +396,19 @@ def _write_shard(path: Path, names: list[str], make_tensor: Callable[[str], Tens
 def _set_dtype(config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The config with `dtype` in it, also in its sub-configs and under the older key where these have one."""
     name = str(dtype).removeprefix("torch.")
+    return _set_everywhere(config, dtype=name, torch_dtype=name)
+
+
+def _set_everywhere(config: Mapping[str, Any], **values: Any) -> dict[str, Any]:
+    """The config with these values where it or one of its sub-configs has such keys, and the first one on top."""
 
     def replace(value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {key: name if key in ("dtype", "torch_dtype") else replace(item) for key, item in value.items()}
+        return {key: values[key] if key in values else replace(item) for key, item in value.items()}
 
-    return {**replace(config), "dtype": name}
+    first = next(iter(values))
+    return {**replace(dict(config)), first: values[first]}
 
 
 def _copy_companions(base: Path, adapter: Path, out: Path) -> None:

@@ -5,14 +5,46 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lory.lora.functional import delta_weight
-from lory.lora.layer import LoRALayer, check_settings
+from lory.lora.layer import LoRALayer, check_settings, spread
 
 
-class ConvLoRA(LoRALayer):
+class ConvBase(LoRALayer):
+    """What `ConvLoRA` and the layers of `from_base` share: everything but where the convolution is."""
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the convolution makes of x with the changed weight."""
+        if not self.has_adapter:
+            return self._convolve(x, self.weight, self.bias)
+        if self.training and self.lora_dropout:
+            return self._forward_with_dropout(x)
+        held = self._held_weight()
+        return self._convolve(x, self.merged_weight() if held is None else held, self.bias)
+
+    def _forward_with_dropout(self, x: Tensor) -> Tensor:
+        change = self.delta_weight().to(self.weight.dtype)
+        y = self._convolve(x, self.weight, None if self.has_magnitude else self.bias)
+        y = y + self._convolve(F.dropout(x, self.lora_dropout), change, None)
+        if not self.has_magnitude:
+            return y
+        # the channels lie before the kernel's axes, with or without a batch
+        channels = y.dim() - (self.weight.dim() - 2) - 1
+        y = y * spread(self.magnitude_scale().to(y.dtype), y, channels)
+        return y if self.bias is None else y + spread(self.bias, y, channels)
+
+    def delta_weight(self) -> Tensor:
+        """What the adapter adds to the weight, in the weight's shape, in fp32 or higher."""
+        return delta_weight(self.lora_A, self.lora_B, self.scaling).view(self.weight.shape)
+
+
+class ConvLoRA(ConvBase):
     """A convolution `conv` whose weight W is frozen and gets the change (lora_alpha / r) B A, read as W's shape.
 
     With q the kernel's last size and p the product of its other ones (1 for Conv1d), and m = min(p, q), `lora_A` is
@@ -74,20 +106,9 @@ class ConvLoRA(LoRALayer):
         if self.has_adapter:
             self.reset_adapter()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """What `conv` makes of x with the changed weight."""
-        if not self.has_adapter:
-            return self.conv(x)
-        if self.training and self.lora_dropout:
-            change = self.delta_weight().to(self.weight.dtype)
-            return self.conv(x) + self.conv._conv_forward(F.dropout(x, self.lora_dropout), change, None)
-        held = self._held_weight()
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # _conv_forward is how the convolution itself brings in padding_mode, stride, dilation and groups
-        return self.conv._conv_forward(x, self.merged_weight() if held is None else held, self.bias)
-
-    def delta_weight(self) -> Tensor:
-        """What the adapter adds to the weight, in the weight's shape, in fp32 or higher."""
-        return delta_weight(self.lora_A, self.lora_B, self.scaling).view(self.weight.shape)
+        return self.conv._conv_forward(x, weight, bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
         for name in ("weight", "bias"):
@@ -115,3 +136,62 @@ class Conv3d(ConvLoRA):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(nn.Conv3d, *args, **kwargs)
+
+
+class _AdaptedConv(ConvBase):
+    """A model's own convolution with an adapter: weight and bias under their own names, never merged.
+
+    `lora_A` is (r, in * kernel) and `lora_B` (out, r): PEFT's convolutions of the same sizes, flattened.
+    """
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
+
+
+class _AdaptedConv1d(_AdaptedConv, nn.Conv1d):
+    pass
+
+
+class _AdaptedConv2d(_AdaptedConv, nn.Conv2d):
+    pass
+
+
+class _AdaptedConv3d(_AdaptedConv, nn.Conv3d):
+    pass
+
+
+_ADAPTED: dict[type[nn.Module], type[_AdaptedConv]] = {
+    nn.Conv1d: _AdaptedConv1d,
+    nn.Conv2d: _AdaptedConv2d,
+    nn.Conv3d: _AdaptedConv3d,
+}
+
+
+def adapt_convolution(
+    base: nn.Module,
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float = 0.0,
+    dtype: torch.dtype | None = None,
+    rslora: bool = False,
+) -> ConvBase:
+    """A layer that shares the weight and bias of `base` (the same Parameters, under the same names) and never merges.
+
+    Args:
+        base: an nn.Conv1d, nn.Conv2d or nn.Conv3d with one group.
+        dtype: of the adapter; by default fp32, or the weight's own when that is wider.
+
+    Raises:
+        ValueError: `base` is something else, or has several groups.
+    """
+    if type(base) not in _ADAPTED:
+        raise ValueError(f"A {type(base).__name__} was given; an nn.Conv1d, nn.Conv2d or nn.Conv3d is expected.")
+    if base.groups != 1:
+        raise ValueError(f"A convolution of {base.groups} groups was given; one group is expected.")
+    layer: _AdaptedConv = _ADAPTED[type(base)]._adopt(base)
+    layer._configure(r, lora_alpha, lora_dropout, merge_weights=False, rslora=rslora)
+    if r > 0:
+        dtype = dtype or torch.promote_types(base.weight.dtype, torch.float32)
+        layer._add_adapter((r, base.weight[0].numel()), (base.out_channels, r), dtype)
+        layer.reset_adapter()
+    return layer

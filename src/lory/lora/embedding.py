@@ -20,6 +20,8 @@ class Embedding(LoRALayer, nn.Embedding):
     the adapter's part in them, and rewrites nothing; with ``sparse=True`` the gradient of A is dense all the same.
     """
 
+    output_axis = 1
+
     def __init__(
         self,
         num_embeddings: int,
@@ -49,6 +51,29 @@ class Embedding(LoRALayer, nn.Embedding):
         elif r > 0:  # from_pretrained and its kin give the weight
             self.reset_adapter()
 
+    @classmethod
+    def from_base(
+        cls,
+        base: nn.Embedding,
+        r: int,
+        lora_alpha: float,
+        dtype: torch.dtype | None = None,
+        rslora: bool = False,
+    ) -> Embedding:
+        """A layer that shares `base`'s weight (the same Parameter, under the same name) and never merges.
+
+        Args:
+            base: an nn.Embedding, or one that multiplies its rows by its attribute `embed_scale`, as transformers' do.
+            dtype: of the adapter; by default fp32, or the weight's own when that is wider.
+        """
+        layer: Embedding = cls._adopt(base)
+        layer._configure(r, lora_alpha, 0.0, merge_weights=False, rslora=rslora)
+        if r > 0:
+            dtype = dtype or torch.promote_types(base.weight.dtype, torch.float32)
+            layer._add_adapter((r, base.num_embeddings), (base.embedding_dim, r), dtype)
+            layer.reset_adapter()
+        return layer
+
     def reset_parameters(self) -> None:
         """Draw the base weight anew, and the adapter with it where there is one."""
         super().reset_parameters()
@@ -65,15 +90,20 @@ class Embedding(LoRALayer, nn.Embedding):
         if not self.has_adapter:
             return super().forward(x)
         if (held := self._held_weight()) is not None:
-            return self._limit_norm(self._look_up(x, held))
+            return self._finish(self._look_up(x, held))
         rows = self._look_up(x, self.weight, self.sparse)
         change = F.linear(self._look_up(x, self.lora_A.t()) * self.scaling, self.lora_B)
-        return self._limit_norm(rows + change.to(rows.dtype))
+        if self.has_magnitude:
+            return self._finish(((rows + change) * self.magnitude_scale()).to(rows.dtype))
+        return self._finish(rows + change.to(rows.dtype))
 
     def _look_up(self, indices: Tensor, weight: Tensor, sparse: bool = False) -> Tensor:
         return F.embedding(indices, weight, self.padding_idx, None, self.norm_type, self.scale_grad_by_freq, sparse)
 
-    def _limit_norm(self, rows: Tensor) -> Tensor:
+    def _finish(self, rows: Tensor) -> Tensor:
+        """What happens to the rows after they were looked up: transformers' scale, torch's limit."""
+        if (scale := getattr(self, "embed_scale", None)) is not None:
+            rows = rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
         if self.max_norm is None:
             return rows
         norms = torch.linalg.vector_norm(rows, self.norm_type, dim=-1, keepdim=True)

@@ -17,6 +17,11 @@ class LinearBase(LoRALayer, nn.Linear):
 
     fan_in_fan_out: bool = False
 
+    @property
+    def output_axis(self) -> int:  # type: ignore[override]
+        """The axis of the weight along which the outputs lie."""
+        return int(self.fan_in_fan_out)
+
     def _factors(self) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (out, R) with delta = scaling * B A."""
         return self.lora_A, self.lora_B
@@ -51,7 +56,11 @@ class LinearBase(LoRALayer, nn.Linear):
         if held is not None or not self.has_adapter:
             return F.linear(x, weight, self.bias)
         dropout = self.lora_dropout if self.training else 0.0
-        return adapted_linear(x, weight, self.bias, *self._factors(), self.scaling, dropout)
+        if not self.has_magnitude:
+            return adapted_linear(x, weight, self.bias, *self._factors(), self.scaling, dropout)
+        y = adapted_linear(x, weight, None, *self._factors(), self.scaling, dropout)
+        scaled = y * self.magnitude_scale()
+        return (scaled if self.bias is None else scaled + self.bias).to(y.dtype)
 
     def delta_weight(self) -> Tensor:
         """What the adapter adds to the weight: (out, in), or (in, out) with fan_in_fan_out; in fp32 or higher."""
@@ -67,6 +76,9 @@ class Linear(LinearBase):
     A starts Kaiming-uniform and B at zero, so a fresh layer answers like its base. The product with the adapter runs
     in the adapter's dtype, and the result has the base's.
     """
+
+    lora_A0: Tensor
+    lora_B0: Tensor
 
     def __init__(
         self,
@@ -98,21 +110,57 @@ class Linear(LinearBase):
 
     @classmethod
     def from_base(
-        cls, base: nn.Linear, r: int, lora_alpha: float, lora_dropout: float = 0.0, dtype: torch.dtype | None = None
+        cls,
+        base: nn.Module,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        dtype: torch.dtype | None = None,
+        fan_in_fan_out: bool = False,
+        rslora: bool = False,
     ) -> Linear:
         """A layer that shares `base`'s weight and bias (the same Parameters, under the same names) and never merges.
 
         Args:
+            base: an nn.Linear, or with fan_in_fan_out a transformers Conv1D, whose weight is (in, out).
             dtype: of the adapter; by default fp32, or the weight's own when that is wider.
         """
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = base.in_features, base.out_features
-        layer.weight, layer.bias = base.weight, base.bias
-        layer.train(base.training)
-        layer._configure(r, lora_alpha, lora_dropout, merge_weights=False)
+        layer: Linear = cls._adopt(base)
+        layer.out_features, layer.in_features = base.weight.shape[::-1] if fan_in_fan_out else base.weight.shape
+        layer.fan_in_fan_out = fan_in_fan_out
+        layer._configure(r, lora_alpha, lora_dropout, merge_weights=False, rslora=rslora)
         if r > 0:
             dtype = dtype or torch.promote_types(base.weight.dtype, torch.float32)
-            layer._add_adapter((r, base.in_features), (base.out_features, r), dtype)
+            layer._add_adapter((r, layer.in_features), (layer.out_features, r), dtype)
             layer.reset_adapter()
         return layer
+
+    @property
+    def has_start(self) -> bool:
+        """Whether the adapter's change counts from where it started (PiSSA) rather than from zero."""
+        return "lora_A0" in self._buffers
+
+    @torch.no_grad()
+    def start_principal(self) -> None:
+        """Start A and B as PiSSA does (Meng et al. 2024, arXiv 2404.02948): ``scaling * B A`` is W's best rank-r part.
+
+        PiSSA takes that part off the weight. Here the weight stays as it is, for whoever shares it, and the start is
+        taken off the change, which is the same function: W + scaling * (B A - B0 A0). The SVD runs in fp32 or higher.
+        """
+        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        left, values, right = torch.linalg.svd(weight.to(self.lora_A.dtype), full_matrices=False)
+        roots = (values[: self.r] / self.scaling).sqrt()
+        self.set_start((roots[:, None] * right[: self.r]).contiguous(), left[:, : self.r] * roots)
+        self.lora_A.copy_(self.lora_A0)
+        self.lora_B.copy_(self.lora_B0)
+
+    def set_start(self, lora_A0: Tensor, lora_B0: Tensor) -> None:
+        """Count the adapter's change from A0 (r, in) and B0 (out, r)."""
+        self._merged = None
+        self.register_buffer("lora_A0", lora_A0)
+        self.register_buffer("lora_B0", lora_B0)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        if not self.has_start:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.lora_A0]), torch.cat([self.lora_B, -self.lora_B0], dim=1)

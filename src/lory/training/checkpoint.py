@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from lory.adapters.files import WEIGHTS_FILE, AdapterFiles, save_adapter
-from lory.adapters.inject import adapted_layers
+from lory.adapters.files import restore_adapter, save_adapter
 from lory.models.resolve import list_checkpoints
 from lory.runtime import LoryError, UsageError, flush, hash_file, read_json, write_aside, write_json
 
@@ -166,23 +165,11 @@ def load_checkpoint(folder: Path, parts: Parts) -> Position:
             f"{folder} was written by {state['processes']} processes, and this run has "
             f"{parts.accelerator.num_processes}; resume with the same number."
         )
-    _load_adapter_weights(folder, parts.model)
+    restore_adapter(parts.model, folder)
     _load_optimizer(load_file(folder / OPTIMIZER_FILE), parts.optimizer)
     _load_schedule(parts.schedule, state["schedule"]["last_epoch"])
     _restore_rng(load_file(folder / RNG_FILE), parts.accelerator)
     return Position(**state["position"])
-
-
-def _load_adapter_weights(folder: Path, model: PreTrainedModel) -> None:
-    files = AdapterFiles(folder)
-    layers = dict(adapted_layers(model))
-    if sorted(layers) != files.modules:
-        raise UsageError(f"{folder / WEIGHTS_FILE} adapts other layers than this config does; resume its own run.")
-    with torch.no_grad():
-        for name, layer in layers.items():
-            lora_A, lora_B = files.factors(name)
-            layer.lora_A.copy_(lora_A)
-            layer.lora_B.copy_(lora_B)
 
 
 def _load_schedule(schedule: LRScheduler, last_epoch: int) -> None:

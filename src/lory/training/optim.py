@@ -37,12 +37,24 @@ class TrainConfig(Section):
     )
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what is trainable; vectors (norms, biases) are not decayed."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def build_optimizer(model: nn.Module, config: TrainConfig, lora_plus_ratio: float | None = None) -> torch.optim.AdamW:
+    """AdamW over what is trainable; vectors (norms, biases) are not decayed.
+
+    Args:
+        lora_plus_ratio: learning rate of adapters' B over that of the rest (Hayou et al. 2024, arXiv 2402.12354).
+    """
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    factors = [p for name, p in trainable if name.endswith("lora_B")] if lora_plus_ratio else []
+    fast = {id(parameter) for parameter in factors}
+    rest = [parameter for _, parameter in trainable if id(parameter) not in fast]
     groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": factors,
+            "weight_decay": config.weight_decay,
+            "lr": config.learning_rate * (lora_plus_ratio or 1.0),
+        },
     ]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate)
 

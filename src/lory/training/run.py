@@ -151,7 +151,7 @@ def _build(prepared: Prepared, plan: Plan, accelerator: Accelerator) -> _Built:
     model, matches = build_model(prepared, accelerator)
     padded = _must_pad(model, config.data)
     objective = Objective(model)
-    optimizer = build_optimizer(model, config.train)
+    optimizer = build_optimizer(model, config.train, config.adapter.lora_plus_ratio)
     schedule = build_schedule(optimizer, config.train, count_steps(config.train, plan))
     parts = Parts(model, prepared.tokenizer, prepared.resolved.base, optimizer, schedule, accelerator)
     return _Built(parts, objective, matches, padded)
