@@ -11,20 +11,16 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lory.adapters.encoders import PromptConfig, find_soft_prompt
-from lory.adapters.inject import AdapterConfig, attach_lora
 from lory.adapters.prefix import packed_prefix, prefix_arguments
 from lory.adapters.prompt import (
-    ENCODER_FILE,
     attach,
-    check_mergeable,
     load,
     load_weights,
     prompt_inputs,
-    read_config,
     save,
     virtual_length,
 )
@@ -32,7 +28,7 @@ from lory.adapters.virtual_tokens import Leading, find_leading, virtual_ids
 from lory.data.collate import Batch, collate
 from lory.losses.cross_entropy import LossSum, cross_entropy
 from lory.models.attention import document_arguments, documents_apart, keeps_documents_apart
-from lory.runtime import UsageError
+from lory.runtime import UsageError, read_json
 from lory.training.step import Objective
 from lory.types import IGNORE, Sample
 
@@ -149,8 +145,6 @@ def test_what_peft_saves_lory_answers_alike(name: str, variant: str, load_random
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_both_write_the_same_config(variant: str, load_random: Load, tmp_path: Path) -> None:
-    from lory.runtime import read_json
-
     base = load_random("llama")
     peft.get_peft_model(base, peft_config("llama", variant, base)).save_pretrained(tmp_path / "peft")
     (tmp_path / "lory").mkdir()
@@ -420,43 +414,6 @@ def test_windows_of_attention_reach_into_the_prefix_as_in_peft(load_random: Load
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
-class Tokenizer:
-    """Stands in for a tokenizer."""
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) - ord("a") for letter in text]}
-
-
-@pytest.mark.parametrize(("text", "rows"), [("hey", [7, 4, 24, 7, 4]), ("parrots", [15, 0, 17, 17, 14])])
-def test_a_prompt_starts_as_a_text_cut_or_repeated(text: str, rows: list[int], load_random: Load) -> None:
-    model = load_random("gemma2")
-    config = PromptConfig(virtual_tokens=5, init="text", init_text=text)
-    (match,) = attach(model, config, Tokenizer())
-    embedding = model.get_input_embeddings()
-    assert torch.equal(embedding(torch.tensor(virtual_ids(model))), embedding(torch.tensor(rows)))
-    assert (match.name, match.kind, match.shape, match.parameters) == (
-        "model.embed_tokens.virtual_tokens",
-        "prompt",
-        (5, 16),
-        80,
-    )
-
-
-def test_a_prompt_starts_as_rows_of_the_vocabulary(load_random: Load) -> None:
-    model = load_random("llama")
-    attach(model, PromptConfig(virtual_tokens=5))
-    rows = {tuple(row) for row in model.get_input_embeddings().weight.tolist()}
-    assert all(tuple(row) in rows for row in find_soft_prompt(model)().tolist())
-
-
-def test_tied_heads_stay_tied_and_know_no_virtual_tokens(load_random: Load) -> None:
-    model = with_prompt(load_random, "gpt2", "prompt")
-    assert model.lm_head.weight is model.transformer.wte.weight
-    assert logits(model).shape == (1, 6 + TOKENS, 61)
-    model.tie_weights()
-    assert model.lm_head.weight is model.get_input_embeddings().weight
-
-
 def test_half_precision_models_keep_their_prompts_in_fp32(load_random: Load, tmp_path: Path) -> None:
     for variant in VARIANTS:
         model = load_random("llama").to(torch.bfloat16)
@@ -469,91 +426,3 @@ def test_half_precision_models_keep_their_prompts_in_fp32(load_random: Load, tmp
         again = load_random("llama").to(torch.bfloat16)
         load(again, tmp_path / variant)
         assert torch.equal(logits(again), expected)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_what_will_be_trained_is_known_without_weights(variant: str, load_random: Load) -> None:
-    model = load_random("llama")
-    expected = attach(load_random("llama"), config_of(variant))
-    assert attach(model.to("meta"), config_of(variant)) == expected
-
-
-def test_a_prompt_cannot_be_merged(load_random: Load, tmp_path: Path) -> None:
-    save(with_prompt(load_random, "llama", "prompt"), tmp_path, "base")
-    with pytest.raises(UsageError, match="cannot be merged"):
-        check_mergeable(tmp_path)
-
-
-def test_a_model_carries_one_adapter(load_random: Load, tmp_path: Path) -> None:
-    model = with_prompt(load_random, "llama", "prompt")
-    save(model, tmp_path, "base")
-    for variant in VARIANTS:
-        with pytest.raises(UsageError, match="carries an adapter already"):
-            attach(model, config_of(variant))
-    with pytest.raises(UsageError, match="carries an adapter already"):
-        load(model, tmp_path)
-    other = load_random("llama")
-    attach_lora(other, AdapterConfig())
-    with pytest.raises(UsageError, match="carries an adapter already"):
-        attach(other, config_of("prefix"))
-
-
-def test_a_prompt_of_another_model_or_config_is_refused(load_random: Load, tmp_path: Path) -> None:
-    for variant in VARIANTS:
-        (tmp_path / variant).mkdir()
-        save(with_prompt(load_random, "llama", variant), tmp_path / variant, "base")
-    save_file({"prompt_embeddings": torch.zeros(TOKENS, 99)}, tmp_path / "prompt" / "adapter_model.safetensors")
-    with pytest.raises(UsageError, match=r"has \(3, 99\) for 'embedding.weight'"):
-        load(load_random("llama"), tmp_path / "prompt")
-    with pytest.raises(UsageError, match="made for another model"):
-        load(load_random("gpt2"), tmp_path / "prefix")
-    with pytest.raises(UsageError, match="another soft prompt"):
-        load_weights(with_prompt(load_random, "llama", "mlp"), tmp_path / "prefix")
-    with pytest.raises(UsageError, match="made for another model or config"):
-        load_weights(with_prompt(load_random, "llama", "lstm"), tmp_path / "mlp")
-    (tmp_path / "mlp" / ENCODER_FILE).unlink()
-    load(load_random("llama"), tmp_path / "mlp")
-    with pytest.raises(UsageError, match="PEFT does not store it"):
-        load(load_random("llama"), tmp_path / "mlp", trainable=True)
-
-
-def test_configs_that_lory_does_not_know_are_refused(load_random: Load, tmp_path: Path) -> None:
-    from lory.runtime import read_json, write_json
-
-    path = tmp_path / "adapter_config.json"
-    save(with_prompt(load_random, "llama", "lstm"), tmp_path, "base")
-    good = read_json(path)
-    assert read_config(tmp_path) == config_of("lstm")
-    for change, message in (
-        ({"peft_type": "LORA"}, "is not a soft prompt's"),
-        ({"modules_to_save": ["lm_head"]}, "sets modules_to_save"),
-        ({"num_transformer_submodules": 2}, "an encoder with a decoder"),
-        ({"num_virtual_tokens": None}, "has no 'num_virtual_tokens'"),
-        ({"encoder_reparameterization_type": "GRU"}, "'encoder' was given 'gru'"),
-    ):
-        write_json(path, good | change)
-        with pytest.raises(UsageError, match=message):
-            read_config(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"init": "text"}, "belong together"),
-        ({"init_text": "Hello"}, "belong together"),
-        ({"init": "text", "init_text": "Hello", "type": "prefix"}, "init text is for type prompt"),
-        ({"projection": True}, "projection is for type prefix"),
-    ],
-)
-def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        PromptConfig(**settings)
-
-
-def test_an_encoder_with_a_decoder_is_refused() -> None:
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    model = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
-    for variant in VARIANTS:
-        with pytest.raises(UsageError, match="encoder with a decoder"):
-            attach(model, config_of(variant))
