@@ -208,6 +208,9 @@ def _build_layer(base: nn.Module, target: Target, how: Settings) -> LoRALayer:
         return lora.Embedding.from_base(base, how.rank, how.alpha, rslora=how.rslora)
     if target.kind == "convolution":
         return lora.adapt_convolution(base, how.rank, how.alpha, how.dropout, rslora=how.rslora)
+    if lora.is_quantized(base):
+        layer: LoRALayer = lora.adapt_quantized(base, how.rank, how.alpha, how.dropout, rslora=how.rslora)
+        return layer
     transposed = target.kind == "conv1d"
     return lora.Linear.from_base(base, how.rank, how.alpha, how.dropout, fan_in_fan_out=transposed, rslora=how.rslora)
 
@@ -229,6 +232,8 @@ def train_modules(model: nn.Module, paths: Iterable[str]) -> None:
     trained = whole_tensors(model)
     for path in paths:
         module = model.get_submodule(path)
+        if any(lora.is_quantized(part) for part in module.modules()):
+            raise UsageError(f"'{path}' is quantized, so it cannot be trained in full; set model.quantize to null.")
         for name in module.state_dict():
             if f"{path}.{name}" not in trained.tensors:
                 trained.tensors.append(f"{path}.{name}")

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from lory.lora.layer import LoRALayer
+from lory.lora.linear import is_quantized
 from lory.lora.parameter import parameter_layers
 from lory.runtime import UsageError
 
@@ -47,7 +48,10 @@ def list_targets(model: nn.Module) -> dict[str, Target]:
         kind = kind_of(module)
         if kind:
             if path not in bypassed and not isinstance(module, LoRALayer):
-                targets[path] = Target(path, kind, tuple(module.weight.shape))
+                # a 4-bit weight is a column of bytes
+                quantized = is_quantized(module)
+                shape = (module.out_features, module.in_features) if quantized else tuple(module.weight.shape)
+                targets[path] = Target(path, kind, shape)
         elif path and not isinstance(module, (LoRALayer, nn.Embedding, _ConvNd)):
             targets |= _list_parameters(path, module)
     return targets
@@ -80,7 +84,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     forward = type(module).forward
     if isinstance(module, nn.Linear):
         # Falcon's own class is a plain linear layer; others of the kind, such as routers, are not
-        plain = forward is nn.Linear.forward or type(module).__name__ == "FalconLinear"
+        plain = forward is nn.Linear.forward or type(module).__name__ == "FalconLinear" or is_quantized(module)
         return "linear" if plain or isinstance(module, LoRALayer) else None
     if isinstance(module, Conv1D):
         return "conv1d"

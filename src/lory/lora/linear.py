@@ -12,6 +12,12 @@ from lory.lora.functional import adapted_linear, delta_weight
 from lory.lora.layer import LoRALayer, check_settings
 
 
+def is_quantized(module: nn.Module) -> bool:
+    """Whether this is a linear layer of bitsandbytes, or a `Linear4bit` or `Linear8bit` made from one."""
+    # by name: such a layer cannot be there without bitsandbytes, and asking must not import it
+    return isinstance(module, nn.Linear) and any(c.__module__.startswith("bitsandbytes.") for c in type(module).__mro__)
+
+
 class LinearBase(LoRALayer, nn.Linear):
     """What `Linear` and `MergedLinear` share: everything but how the full A and B come about."""
 
@@ -21,6 +27,10 @@ class LinearBase(LoRALayer, nn.Linear):
     def output_axis(self) -> int:  # type: ignore[override]
         """The axis of the weight along which the outputs lie."""
         return int(self.fan_in_fan_out)
+
+    def base_weight(self) -> Tensor:
+        """W, in numbers that can be computed with."""
+        return self.weight
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (out, R) with delta = scaling * B A."""
@@ -147,7 +157,7 @@ class Linear(LinearBase):
         PiSSA takes that part off the weight. Here the weight stays as it is, for whoever shares it, and the start is
         taken off the change, which is the same function: W + scaling * (B A - B0 A0). The SVD runs in fp32 or higher.
         """
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        weight = self.base_weight().t() if self.fan_in_fan_out else self.base_weight()
         left, values, right = torch.linalg.svd(weight.to(self.lora_A.dtype), full_matrices=False)
         roots = (values[: self.r] / self.scaling).sqrt()
         self.set_start((roots[:, None] * right[: self.r]).contiguous(), left[:, : self.r] * roots)

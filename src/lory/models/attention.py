@@ -36,6 +36,7 @@ def attend_documents(
     cu_seq_lens_q: Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    prefix_states: Tensor | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each document of a row (transformers' attention interface).
@@ -46,6 +47,8 @@ def attend_documents(
         cu_seq_lens_q: (documents + 1) borders of the documents in the row, from 0 to T, on the CPU.
         sliding_window: a token sees this many tokens, itself included.
         softcap: scores are softcap * tanh(scores / softcap) (Gemma 2).
+        prefix_states: (2 * layers, 1, kv_heads, P, head_dim) keys of layer 0, values of layer 0, keys of layer 1, ...
+            that stand in place of those of each document's first P tokens.
 
     Returns:
         (1, T, heads, head_dim).
@@ -55,6 +58,11 @@ def attend_documents(
     outputs = []
     for start, end in zip(cu_seq_lens_q[:-1].tolist(), cu_seq_lens_q[1:].tolist(), strict=True):
         q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
+        if prefix_states is not None:
+            states = prefix_states[2 * module.layer_idx :][:2]
+            k, v = (
+                torch.cat([s.to(t.dtype), t[:, :, s.shape[2] :]], dim=2) for s, t in zip(states, (k, v), strict=True)
+            )
         outputs.append(_attend(q, k, v, scaling, dropout, sliding_window, softcap))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 

@@ -1,0 +1,341 @@
+"""Bases in 4 and 8 bits: what is quantized, that LoRA on them learns what it should, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import lory.lora as lora
+from lory.adapters.files import load_adapter, save_adapter
+from lory.adapters.inject import AdapterConfig, adapted_layers, attach_lora
+from lory.data.collate import collate
+from lory.data.dataset import DataConfig, build_dataset
+from lory.models.load import load_generation_config, load_tokenizer, terminators
+from lory.models.matmul import choose_fp32_matmul
+from lory.models.quantize import count_bytes, prepare_for_training, quantized_arguments, stored_quantization
+from lory.models.resolve import Resolved
+from lory.runtime import UsageError
+from lory.training.loop import plan_rows
+from lory.training.optim import TrainConfig, build_optimizer, build_schedule
+from lory.training.step import Objective, evaluate_loss, train_step
+
+bnb = pytest.importorskip("bitsandbytes")
+
+KINDS = ["nf4", "int8"]
+CPU = torch.device("cpu")
+# multiples of 64, since bitsandbytes repacks only such layers in eval mode
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "vocab_size": 320}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def folder(random_model: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose head is tied to its embeddings."""
+    path = tmp_path_factory.mktemp("wide-llama")
+    random_model("Llama", **WIDE, tie_word_embeddings=True).save_pretrained(path)
+    return path
+
+
+def load(folder: Path, quantize: Any, dtype: torch.dtype = torch.float32) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    arguments = quantized_arguments(AutoConfig.from_pretrained(folder), quantize, dtype, CPU)
+    return prepare_for_training(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **arguments)).eval()
+
+
+def dequantize(model: Any, folder: Path) -> Any:
+    """The plain model with the numbers of the quantized one."""
+    plain = load(folder, None)
+    for path, module in model.named_modules():
+        if lora.is_quantized(module):
+            numbers = lora.adapt_quantized(module, r=0, lora_alpha=1).base_weight()
+            plain.get_submodule(path).weight = nn.Parameter(numbers.float())
+    return plain
+
+
+def adapt(model: Any, **settings: Any) -> Any:
+    attach_lora(model, AdapterConfig(rank=3, alpha=6, **settings))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, layer in adapted_layers(model):
+            layer.lora_A.normal_(std=0.1, generator=generator)
+            layer.lora_B.normal_(std=0.1, generator=generator)
+    return model
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    model.train()
+    model.zero_grad()
+    ids = torch.arange(60).view(2, 30) % 40
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        error = float((value - other[name]).norm() / other[name].norm())
+        assert error < 1e-5, f"{name}: {error}"
+
+
+def evaluate(model: Any) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model.eval()(torch.arange(1, 12)[None], use_cache=False).logits
+    return logits
+
+
+def test_linear_layers_are_quantized_and_nothing_else(folder: Path, kind: str) -> None:
+    model = load(folder, kind)
+    few = {path for path, module in model.named_modules() if lora.is_quantized(module)}
+    linear = {path for path, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert few == linear - {"lm_head"}
+    assert len(few) == 14
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    rest = [p for path, module in model.named_modules() if path not in few for p in module.parameters(recurse=False)]
+    assert {p.dtype for p in rest} == {torch.float32}
+
+
+def test_nf4_is_doubly_quantized(folder: Path) -> None:
+    state = load(folder, "nf4").model.layers[0].mlp.up_proj.weight.quant_state
+    assert (state.quant_type, state.nested, state.blocksize) == ("nf4", True, 64)
+
+
+def test_an_untied_head_is_not_quantized(tiny_model: Path, kind: str) -> None:
+    model = load(tiny_model, kind)
+    assert type(model.lm_head) is nn.Linear
+    assert lora.is_quantized(model.model.layers[1].self_attn.q_proj)
+
+
+def test_without_quantization_nothing_is_asked_of_transformers(folder: Path) -> None:
+    model = load(folder, None)
+    assert not any(lora.is_quantized(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_gradients_are_those_over_the_dequantized_weights_before_and_after_an_evaluation(
+    folder: Path, kind: str, targets: Any
+) -> None:
+    model = load(folder, kind)
+    evaluate(model)  # as checks of a model before its training do
+    expected = gradients(adapt(dequantize(model, folder), targets=targets))
+    adapt(model, targets=targets)
+    assert_same(gradients(model), expected)
+    evaluate(model)
+    assert_same(gradients(model), expected)
+
+
+def test_a_run_over_few_bits_is_a_run_over_their_numbers(folder: Path, kind: str) -> None:
+    model = load(folder, kind)
+    losses = []
+    for each in (dequantize(model, folder), model):
+        adapt(each)
+        optimizer = torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], lr=1e-2)
+        losses.append([])
+        for number in range(15):
+            losses[-1].append(step(each, optimizer, (torch.arange(40) * 7 % (20 + number))[None]))
+            evaluate(each)
+    plain, quantized = losses
+    assert quantized == pytest.approx(plain, rel=1e-4)
+    assert quantized[-1] < 0.8 * quantized[0]
+
+
+def test_evaluation_computes_what_was_trained(folder: Path, kind: str) -> None:
+    model = load(folder, kind)
+    expected = evaluate(dequantize(model, folder))
+    torch.testing.assert_close(evaluate(model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_gradient(folder: Path, kind: str) -> None:
+    model = adapt(load(folder, kind))
+    expected = gradients(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert_same(gradients(model), expected)
+
+
+@pytest.mark.parametrize("settings", [{"type": "dora"}, {"init": "pissa"}, {"rslora": True, "dropout": 0.1}])
+def test_all_kinds_of_lora_train_on_quantized_bases(folder: Path, kind: str, settings: dict[str, Any]) -> None:
+    model = load(folder, kind)
+    attach_lora(model, AdapterConfig(rank=3, alpha=6, **settings))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = [step(model, optimizer, (torch.arange(40) % 20)[None]) for _ in range(8)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_table_of_matches_shows_the_layers_own_shapes(folder: Path, kind: str) -> None:
+    matches = {m.name: m for m in attach_lora(load(folder, kind), AdapterConfig(rank=3))}
+    match = matches["model.layers.0.mlp.up_proj"]
+    assert (match.shape, match.rank, match.parameters) == ((128, 64), 3, 3 * (128 + 64))
+
+
+def test_only_the_adapter_is_saved_and_it_loads_on_quantized_and_plain_bases(
+    folder: Path, kind: str, tmp_path: Path
+) -> None:
+    model = adapt(load(folder, kind))
+    save_adapter(model, tmp_path, str(folder))
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert all(".lora_A.weight" in key or ".lora_B.weight" in key for key in file.keys())  # noqa: SIM118
+        assert len(list(file.keys())) == 28
+    again = load(folder, kind)
+    load_adapter(again, tmp_path)
+    assert torch.equal(evaluate(again), evaluate(model))
+    plain = dequantize(load(folder, kind), folder)
+    load_adapter(plain, tmp_path)
+    torch.testing.assert_close(evaluate(plain), evaluate(model), rtol=1e-4, atol=1e-4)
+
+
+def test_peft_reads_the_adapter_over_the_same_quantized_base(folder: Path, kind: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = adapt(load(folder, kind))
+    save_adapter(model, tmp_path, str(folder))
+    theirs = peft.PeftModel.from_pretrained(load(folder, kind), tmp_path)
+    torch.testing.assert_close(evaluate(theirs), evaluate(model), rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_that_is_quantized_already_is_loaded_as_it_is(folder: Path, kind: str, tmp_path: Path) -> None:
+    model = load(folder, kind)
+    model.save_pretrained(tmp_path)
+    for asked in (None, kind):
+        again = load(tmp_path, asked)
+        assert lora.is_quantized(again.model.layers[0].mlp.up_proj)
+        assert torch.equal(evaluate(again), evaluate(model))
+    expected = gradients(adapt(dequantize(model, folder)))
+    assert_same(gradients(adapt(again)), expected)
+    other = next(k for k in KINDS if k != kind)
+    with pytest.raises(UsageError, match=rf"model.quantize is {other}, .* quantized as {kind} already"):
+        load(tmp_path, other)
+
+
+def test_another_method_than_bitsandbytes_is_not_quantized_again(folder: Path) -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    assert stored_quantization(config) is None
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    assert stored_quantization(config) == "gptq"
+    assert quantized_arguments(config, None, torch.float32, CPU) == {}
+    with pytest.raises(UsageError, match="quantized as gptq already"):
+        quantized_arguments(config, "nf4", torch.float32, CPU)
+
+
+def test_without_bitsandbytes_the_error_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoConfig
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        UsageError, match=r"bitsandbytes, which is not installed: run pip install 'lory-llm\[quantize\]'"
+    ):
+        quantized_arguments(AutoConfig.from_pretrained(folder), "nf4", torch.float32, CPU)
+
+
+def test_modules_in_few_bits_are_not_trained_in_full(folder: Path, kind: str) -> None:
+    with pytest.raises(UsageError, match="up_proj' is quantized, so it cannot be trained in full"):
+        attach_lora(load(folder, kind), AdapterConfig(targets=["q_proj"], modules_to_save=["up_proj"]))
+
+
+def test_bitsandbytes_is_quiet(folder: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = adapt(load(folder, kind, torch.bfloat16), targets=["q_proj"])
+    gradients(model)
+    evaluate(model)
+    assert not caplog.records
+
+
+def test_a_model_most_of_which_cannot_be_quantized_is_told(
+    random_model: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    random_model("Mixtral", num_local_experts=4, num_experts_per_tok=2).save_pretrained(tmp_path)
+    load(tmp_path, "nf4")
+    (message,) = caplog.messages
+    assert "of the weights could be quantized; the rest, such as experts" in message
+
+
+@pytest.mark.parametrize("quantize", [None, *KINDS])
+def test_the_bytes_counted_are_the_bytes_taken(folder: Path, quantize: Any) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model = load(folder, quantize)
+    taken = 0
+    for parameter in model.parameters():
+        taken += parameter.numel() * parameter.element_size()
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            taken += state.absmax.numel() + 4 * state.state2.absmax.numel()
+        if (scales := getattr(parameter, "SCB", None)) is not None:
+            taken += 4 * scales.numel()
+    assert count_bytes(shape, torch.float32, quantize) == pytest.approx(taken, rel=2e-3)
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> float:
+    """One update; returns the loss before it."""
+    model.train()
+    loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+@pytest.fixture
+def fast_products() -> Iterator[None]:
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    choose_fp32_matmul(CPU)
+    yield
+    settings.fp32_precision = before
+
+
+def train_smollm2(folder: Path, quantize: Any) -> tuple[float, list[float], float]:
+    """Loss on held-out conversations, losses of 15 steps of about 500 tokens each, held-out loss after them."""
+    from accelerate import Accelerator
+
+    resolved = Resolved("smollm2", "smollm2", folder, None)
+    tokenizer = load_tokenizer(resolved)
+    sources = [{"path": "identity", "name": "Lory", "author": "the lory authors"}, {"path": "general"}]
+    asked = DataConfig(train=sources, eval_fraction=0.06, max_tokens=512)
+    data = build_dataset(asked, tokenizer, terminators(load_generation_config(resolved), tokenizer), 0)
+    rows = plan_rows(data.train, True, 512)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:15].tolist()
+    held_out = [sample for samples in data.eval.values() for sample in samples][::9]
+    model = load(folder, quantize)
+    torch.manual_seed(0)
+    attach_lora(model, AdapterConfig(rank=16, alpha=32))
+    objective, accelerator = Objective(model), Accelerator(cpu=True)
+    config = TrainConfig(learning_rate=4e-4, warmup=0.05)
+    optimizer = build_optimizer(model, config)
+    schedule = build_schedule(optimizer, config, 15)
+
+    def evaluate_held_out() -> float:
+        loss, _, tokens = evaluate_loss(objective, [collate(held_out)], accelerator).tolist()
+        return loss / tokens
+
+    before = evaluate_held_out()
+    objective.train()
+    losses = []
+    for row in order:
+        batch = collate([data.train[index] for index in rows[row]])
+        losses.append(train_step(objective, [batch], optimizer, schedule, accelerator, 1.0).loss)
+    return before, losses, evaluate_held_out()
+
+
+@pytest.mark.slow
+def test_smollm2_learns_as_in_fp32(smollm2: Path, fast_products: None) -> None:
+    before, plain, after = train_smollm2(smollm2, None)
+    print(before, plain, after)
+    for kind in KINDS:
+        kind_before, losses, kind_after = train_smollm2(smollm2, kind)
+        print(kind, kind_before, losses, kind_after)
+        # rounding to 4 bits costs a model of this size some 5% from the start, which training does not widen
+        assert kind_after / after < max(1.03, kind_before / before)
+        assert kind_before - kind_after > 0.97 * (before - after)
