@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from lory.adapters.files import load_adapter
+from lory.adapters import kinds
 from lory.data.templates import render_prompt
 from lory.generate import GenerationOptions, decode_text, default_options, generate_ids, stream_text
 from lory.models.load import DtypeName, load_model, load_tokenizer, terminators
@@ -99,7 +99,7 @@ def load(
     resolved = resolve(model)
     loaded = load_model(resolved, dtype, place, trust_remote_code)
     if resolved.adapter:
-        load_adapter(loaded, resolved.adapter)
+        kinds.load(loaded, resolved.adapter)
     return Assistant(loaded, load_tokenizer(resolved, trust_remote_code), resolved.name)
 
 

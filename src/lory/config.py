@@ -8,12 +8,12 @@ from __future__ import annotations
 import difflib
 import re
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
 from lory.runtime import UsageError
@@ -152,8 +152,8 @@ def _explain(model: type[BaseModel], detail: ErrorDetails) -> str:
     path = [str(part) for part in detail["loc"] if not _UNION_TAG.match(str(part))]
     name = ".".join(path)
     if detail["type"] == "extra_forbidden":
-        owner, key = path[:-1], path[-1]
-        return f"unknown key '{name}'; {_suggest(model, owner, key)}"
+        tags = [str(part) for part in detail["loc"] if str(part).startswith("tagged-")]
+        return f"unknown key '{name}'; {_suggest(model, path[:-1], path[-1], tags)}"
     if detail["type"] == "missing":
         return f"'{name}' is missing and has no default; add it."
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
@@ -162,8 +162,8 @@ def _explain(model: type[BaseModel], detail: ErrorDetails) -> str:
     return f"'{name}' was given {shown}: {message[:1].lower()}{message[1:].rstrip('.')}."
 
 
-def _suggest(model: type[BaseModel], owner: list[str], key: str) -> str:
-    section = _section_at(model, owner)
+def _suggest(model: type[BaseModel], owner: list[str], key: str, tags: list[str]) -> str:
+    section = _section_at(model, owner, tags)
     known = list(section.model_fields) if section else []
     if near := difflib.get_close_matches(key, known, n=1):
         return f"did you mean '{'.'.join([*owner, near[0]])}'?"
@@ -176,7 +176,7 @@ def _suggest(model: type[BaseModel], owner: list[str], key: str) -> str:
     return f"known here: {', '.join(known)}."
 
 
-def _section_at(model: type[BaseModel], path: list[str]) -> type[BaseModel] | None:
+def _section_at(model: type[BaseModel], path: list[str], tags: Sequence[str] = ()) -> type[BaseModel] | None:
     current: type[BaseModel] = model
     for part in path:
         if part.isdigit():
@@ -184,19 +184,22 @@ def _section_at(model: type[BaseModel], path: list[str]) -> type[BaseModel] | No
         field = current.model_fields.get(part)
         if field is None:
             return None
-        inner = _find_section(field.annotation)
+        inner = _find_section(field.annotation, tags)
         if inner is None:
             return None
         current = inner
     return current
 
 
-def _find_section(annotation: Any) -> type[BaseModel] | None:
-    """The config section inside an annotation such as ``list[SourceConfig] | None``."""
+def _find_section(annotation: Any, tags: Sequence[str] = ()) -> type[BaseModel] | None:
+    """The config section inside an annotation such as ``list[SourceConfig] | None``; of a tagged union, the tag's."""
+    own = [mark.tag for mark in getattr(annotation, "__metadata__", ()) if isinstance(mark, Tag)]
+    if own and tags and not set(own) & set(tags):
+        return None
     if isinstance(annotation, type) and not typing.get_args(annotation):
         return annotation if issubclass(annotation, BaseModel) else None
     for argument in typing.get_args(annotation):
-        if found := _find_section(argument):
+        if found := _find_section(argument, tags):
             return found
     return None
 

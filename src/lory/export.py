@@ -12,6 +12,7 @@ import torch
 
 from lory.adapters.files import load_adapter
 from lory.adapters.merge import MergeReport, merge_shards
+from lory.adapters.prompt import check_mergeable
 from lory.assistant import check_device
 from lory.models.load import default_device, load_config, load_model
 from lory.models.resolve import Resolved, resolve
@@ -65,6 +66,7 @@ def merge(
         raise UsageError(f"'{model}' carries no adapter, so there is nothing to merge.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists already; choose another folder, or delete it first.")
+    check_mergeable(resolved.adapter)
     check_device(device)
     with contextlib.ExitStack() as stack:
         aside = stack.enter_context(write_aside(out))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from pydantic import Field
 
+from lory.adapters.prompt import prompt_inputs, virtual_length
 from lory.config import Section, build
 from lory.runtime import LoryError, UsageError
 
@@ -108,7 +109,7 @@ def stream_text(
 
     stop = threading.Event()
     tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-    arguments = generation_arguments(model, len(prompt_ids), options, terminators)
+    arguments = generation_arguments(model, len(prompt_ids) + virtual_length(model), options, terminators)
     input_ids = torch.tensor([list(prompt_ids)], device=model.device)
     failures: list[Exception] = []
 
@@ -131,8 +132,7 @@ def stream_text(
                 torch.manual_seed(options.seed)
             with torch.inference_mode():
                 model.generate(
-                    input_ids,
-                    attention_mask=torch.ones_like(input_ids),
+                    **prompt_inputs(model, input_ids),
                     streamer=Streamer(),
                     stopping_criteria=StoppingCriteriaList([Stopped()]),
                     **arguments,
@@ -161,8 +161,8 @@ def generate_ids(
     if options.seed is not None:
         torch.manual_seed(options.seed)
     input_ids = torch.tensor([list(prompt_ids)], device=model.device)
-    arguments = generation_arguments(model, len(prompt_ids), options, terminators)
+    arguments = generation_arguments(model, len(prompt_ids) + virtual_length(model), options, terminators)
     with torch.inference_mode():
-        output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **arguments)
+        output = model.generate(**prompt_inputs(model, input_ids), **arguments)
     answer: list[int] = output[0, len(prompt_ids) :].tolist()
     return answer[:-1] if answer and answer[-1] in terminators else answer

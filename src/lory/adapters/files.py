@@ -92,7 +92,7 @@ class AdapterFiles:
         self._check()
 
     def _read(self, path: Path) -> None:
-        for key, tensor in _load_tensors(path).items():
+        for key, tensor in load_tensors(path).items():
             name = key.removeprefix(_PREFIX)
             if match := _KEY.fullmatch(name):
                 part = match["part"] or match["embedding"] or "magnitude"
@@ -189,7 +189,7 @@ class AdapterFiles:
         self.weights[target.path, "A"], self.weights[target.path, "B"] = lora_A, lora_B
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         other = path.with_name("adapter_model.bin")
         hint = " There is an adapter_model.bin, which is a pickle and is not read: save it as safetensors."
@@ -290,7 +290,7 @@ def _describe(model: nn.Module, layers: Mapping[str, LoRALayer], trained: Traine
     plain = [layer for layer in layers.values() if not isinstance(layer, ParameterLoRA)]
     return {
         "peft_type": "LORA",
-        "task_type": _task(model),
+        "task_type": task_type(model),
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": _number(alpha),
@@ -314,7 +314,7 @@ def _number(value: float) -> float | int:
     return int(value) if float(value).is_integer() else value
 
 
-def _task(model: nn.Module) -> str | None:
+def task_type(model: nn.Module) -> str | None:
     """PEFT's task type; None where its wrapper for a task would not fit the model."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return "SEQ_2_SEQ_LM"

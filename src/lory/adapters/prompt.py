@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lory.adapters.encoders import PrefixEncoder, PromptConfig, PromptEncoder, SoftPrompt, find_soft_prompt
-from lory.adapters.files import CONFIG_FILE, WEIGHTS_FILE, _load_tensors, _task
+from lory.adapters.files import CONFIG_FILE, WEIGHTS_FILE, load_tensors, task_type
 from lory.adapters.inject import Match, adapted_layers
 from lory.adapters.prefix import CacheShape, add_prefix, find_prefix, measure_cache, prefix_arguments
 from lory.adapters.virtual_tokens import add_virtual_tokens, input_embedding, virtual_ids
@@ -149,7 +149,7 @@ def _describe(model: PreTrainedModel, prompt: SoftPrompt, base: str) -> dict[str
     described = {
         "peft_type": _PEFT_TYPES[config.type],
         # without a task, PEFT leaves the prompt out of its forward
-        "task_type": _task(model) or "FEATURE_EXTRACTION",
+        "task_type": task_type(model) or "FEATURE_EXTRACTION",
         "base_model_name_or_path": base,
         "num_virtual_tokens": config.virtual_tokens,
         "num_transformer_submodules": 1,
@@ -267,9 +267,9 @@ def _fill(prompt: SoftPrompt, folder: Path) -> None:
                 f"{folder} has no {ENCODER_FILE}, the network that produced its vectors (PEFT does not store it), so "
                 "it cannot be trained any further; start a new run."
             )
-        tensors = _load_tensors(folder / ENCODER_FILE)
+        tensors = load_tensors(folder / ENCODER_FILE)
     else:
-        tensors = _load_tensors(folder / WEIGHTS_FILE)
+        tensors = load_tensors(folder / WEIGHTS_FILE)
         if tensors.keys() != {_VECTORS}:
             raise UsageError(f"{folder / WEIGHTS_FILE} should hold '{_VECTORS}' alone, and has {sorted(tensors)}.")
         tensors = {"embedding.weight": tensors[_VECTORS]}

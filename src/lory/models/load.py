@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 
 from lory.config import Section
+from lory.models.quantize import Quantization, prepare_for_training, quantized_arguments
 from lory.models.resolve import Resolved
 from lory.runtime import UsageError
 
@@ -24,6 +25,11 @@ class ModelConfig(Section):
     path: str = Field("smollm2", description="A model folder, a hub id, or smollm2.")
     dtype: DtypeName = Field(
         "auto", description="Precision of the base weights; auto is float32 on a CPU, bfloat16 on a GPU that has it."
+    )
+    quantize: Quantization | None = Field(
+        None,
+        description="Hold the base's linear layers in few bits: nf4 (4 bits, double quantization) or int8; what is "
+        "trained on top stays in higher precision. Needs bitsandbytes.",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model: only if you read it."
@@ -50,9 +56,17 @@ def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    resolved: Resolved, dtype: DtypeName = "auto", device: torch.device | None = None, trust_remote_code: bool = False
+    resolved: Resolved,
+    dtype: DtypeName = "auto",
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+    quantize: Quantization | None = None,
 ) -> PreTrainedModel:
     """The base model of `resolved` on `device`, in eval mode, without its adapter.
+
+    Args:
+        dtype: precision of the weights, or of those that are not quantized.
+        quantize: hold the linear layers in few bits; a folder that is quantized already is loaded as it is.
 
     Raises:
         UsageError: the folder is not a causal language model that transformers knows, or its files are broken.
@@ -66,16 +80,19 @@ def load_model(
     config = load_config(path, trust_remote_code)
     if not any(path.glob("*.safetensors")):
         raise UsageError(f"{path} has no .safetensors weights; pickled ones (.bin) are not read: convert them first.")
+    precision = choose_dtype(dtype, device)
+    few_bits = quantized_arguments(config, quantize, precision, device)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
-            dtype=choose_dtype(dtype, device),
+            dtype=precision,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **few_bits,
         )
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise UsageError(f"{path} could not be loaded as a causal language model: {_first_line(error)}") from error
@@ -84,7 +101,7 @@ def load_model(
             transformers_logging.enable_progress_bar()
     if missing := sorted(report["missing_keys"]):
         raise UsageError(f"{path} lacks {len(missing)} of the model's weights, {missing[0]} among them.")
-    return model.to(device).eval()
+    return prepare_for_training(model).eval() if few_bits else model.to(device).eval()
 
 
 def load_tokenizer(resolved: Resolved, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

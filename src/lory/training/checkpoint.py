@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from lory.adapters.files import restore_adapter, save_adapter
+from lory.adapters.kinds import Kind
 from lory.models.resolve import list_checkpoints
 from lory.runtime import LoryError, UsageError, flush, hash_file, read_json, write_aside, write_json
 
@@ -52,6 +52,7 @@ class Parts:
     tokenizer: PreTrainedTokenizerBase
     base: str
     """Where the base model is to be found, for the adapter's config."""
+    kind: Kind
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
     accelerator: Accelerator
@@ -78,7 +79,7 @@ def save_checkpoint(run: Path, parts: Parts, position: Position) -> Path:
 
 def _write_parts(folder: Path, parts: Parts, position: Position, rng: dict[str, Tensor]) -> None:
     try:
-        save_adapter(parts.model, folder, parts.base)
+        parts.kind.save(parts.model, folder, parts.base)
         save_file(_optimizer_tensors(parts.optimizer), folder / OPTIMIZER_FILE)
         save_file(rng, folder / RNG_FILE)
     except SafetensorError as error:
@@ -165,7 +166,7 @@ def load_checkpoint(folder: Path, parts: Parts) -> Position:
             f"{folder} was written by {state['processes']} processes, and this run has "
             f"{parts.accelerator.num_processes}; resume with the same number."
         )
-    restore_adapter(parts.model, folder)
+    parts.kind.restore(parts.model, folder)
     _load_optimizer(load_file(folder / OPTIMIZER_FILE), parts.optimizer)
     _load_schedule(parts.schedule, state["schedule"]["last_epoch"])
     _restore_rng(load_file(folder / RNG_FILE), parts.accelerator)

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from lory.adapters.inject import AdapterConfig
+from lory.adapters.kinds import AnyAdapterConfig
 from lory.config import Section, apply_overrides, build, parse_yaml, read_yaml
 from lory.data.dataset import DataConfig
 from lory.models.load import ModelConfig
@@ -26,7 +27,7 @@ class Config(Section):
     """Everything `lory train` is told."""
 
     model: ModelConfig = Field(default_factory=ModelConfig, description="The base model.")
-    adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="What is trained on top of it.")
+    adapter: AnyAdapterConfig = Field(default_factory=AdapterConfig, description="What is trained on top of it.")
     data: DataConfig = Field(description="What is learnt from.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="How it is learnt.")
     samples: SamplesConfig = Field(default_factory=SamplesConfig, description="Chats shown while it learns.")

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 
+from lory.adapters.virtual_tokens import Leading, find_leading
 from lory.data.collate import Batch, collate
 from lory.data.dataset import Dataset
 from lory.data.packing import pack
@@ -30,6 +31,9 @@ from lory.types import IGNORE, Sample
 
 if sys.platform != "win32":
     import resource
+
+
+NO_LEADING = Leading()
 
 
 class Interrupted(LoryError):
@@ -70,15 +74,27 @@ class Plan:
         return [[index for row in batch for index in self.rows[row]] for batch in batches[rank :: self.processes]]
 
 
-def plan_rows(samples: Sequence[Sample], packing: bool, max_tokens: int) -> list[list[int]]:
-    """Rows of the samples that have something to learn: packed, or one sample a row."""
+def plan_rows(samples: Sequence[Sample], packing: bool, max_tokens: int, leading: int = 0) -> list[list[int]]:
+    """Rows of the samples that have something to learn: packed, or one sample a row.
+
+    Args:
+        max_tokens: length of a packed row, and of the longest sample.
+        leading: tokens of a soft prompt that each sample will begin with, for which a row is longer by once as many.
+    """
     useful = [index for index, sample in enumerate(samples) if sample.supervised]
     if not packing:
         return [[index] for index in useful]
-    return [[useful[i] for i in row] for row in pack([len(samples[index]) for index in useful], max_tokens)]
+    lengths = [len(samples[index]) + leading for index in useful]
+    return [[useful[i] for i in row] for row in pack(lengths, max_tokens + leading)]
 
 
-def make_batches(samples: Sequence[Sample], indices: Sequence[Sequence[int]], padded: bool, pad_id: int) -> list[Batch]:
+def make_batches(
+    samples: Sequence[Sample],
+    indices: Sequence[Sequence[int]],
+    padded: bool,
+    pad_id: int,
+    leading: Leading = NO_LEADING,
+) -> list[Batch]:
     """Collated micro-batches; an empty one becomes a batch in which nothing is learnt."""
     batches = []
     for batch in indices:
@@ -86,7 +102,7 @@ def make_batches(samples: Sequence[Sample], indices: Sequence[Sequence[int]], pa
         if not chosen:
             ids = samples[0].input_ids[:2]
             chosen = [Sample(ids, (IGNORE,) * len(ids))]
-        batches.append(collate(chosen, padded, pad_id))
+        batches.append(collate([leading.prepend(sample) for sample in chosen], padded, pad_id))
     return batches
 
 
@@ -115,6 +131,7 @@ class Loop:
         self.total_steps = count_steps(config.train, plan)
         self.pad_id = parts.tokenizer.pad_token_id or 0
         self.saved_step = -1
+        self.leading = find_leading(parts.model, packed=not padded)
 
     def run(self, position: Position) -> Position:
         """Go on from `position` to the end.
@@ -146,7 +163,7 @@ class Loop:
     def _take_step(self, position: Position) -> tuple[StepResult, float]:
         start = time.perf_counter()
         indices = self.plan.micro_batches(position.epoch, position.step_in_epoch, self.accelerator.process_index)
-        batches = make_batches(self.train, indices, self.padded, self.pad_id)
+        batches = make_batches(self.train, indices, self.padded, self.pad_id, self.leading)
         parts, limit = self.parts, self.config.max_grad_norm
         result = train_step(self.objective, batches, parts.optimizer, parts.schedule, self.accelerator, limit)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
@@ -244,9 +261,9 @@ class Loop:
             self.monitor.log_eval(position.step, values)
 
     def _evaluate_samples(self, samples: Sequence[Sample]) -> torch.Tensor:
-        rows = plan_rows(samples, not self.padded, self.max_tokens)
+        rows = plan_rows(samples, not self.padded, self.max_tokens, len(self.leading))
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        batches = make_batches(samples, rows[rank::processes], self.padded, self.pad_id)
+        batches = make_batches(samples, rows[rank::processes], self.padded, self.pad_id, self.leading)
         return evaluate_loss(self.objective, batches, self.accelerator)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lory.config import Section
+from lory.training.masters import MasterAdamW
 
 
 class TrainConfig(Section):
@@ -38,7 +39,7 @@ class TrainConfig(Section):
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, lora_plus_ratio: float | None = None) -> torch.optim.AdamW:
-    """AdamW over what is trainable; vectors (norms, biases) are not decayed.
+    """AdamW over what is trainable, in fp32 whatever the weights are; vectors (norms, biases) are not decayed.
 
     Args:
         lora_plus_ratio: learning rate of adapters' B over that of the rest (Hayou et al. 2024, arXiv 2402.12354).
@@ -56,7 +57,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig, lora_plus_ratio: floa
             "lr": config.learning_rate * (lora_plus_ratio or 1.0),
         },
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate)
+    return MasterAdamW([group for group in groups if group["params"]], lr=config.learning_rate)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> LambdaLR:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.text import Text
 
-from lory.adapters.inject import attach_lora
+from lory.adapters import kinds
 from lory.losses.cross_entropy import CHUNK_TOKENS
 from lory.models.load import choose_dtype, default_device, load_config
+from lory.models.quantize import count_bytes, stored_quantization
 from lory.runtime import UsageError
 from lory.types import IGNORE, Sample
 
@@ -80,8 +81,9 @@ def estimate_memory(prepared: Prepared, rows: Sequence[Sequence[int]]) -> dict[s
             model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=trust)
     except ValueError as error:
         raise UsageError(f"{path} is no causal language model: {str(error).splitlines()[0]}") from error
+    base_bytes = count_bytes(model, dtype, config.model.quantize or stored_quantization(shape))
     with torch.device("meta"):
-        matches = attach_lora(model, config.adapter)
+        matches = kinds.attach(model, config.adapter, prepared.tokenizer)
     text = shape.get_text_config()
     trained = sum(match.parameters for match in matches)
     hidden, layers = text.hidden_size, text.num_hidden_layers
@@ -89,11 +91,11 @@ def estimate_memory(prepared: Prepared, rows: Sequence[Sequence[int]]) -> dict[s
     per_token = layers * hidden + in_full if config.train.gradient_checkpointing else layers * in_full
     lengths = sorted((sum(len(prepared.dataset.train[i]) for i in row) for row in rows), reverse=True)
     tokens = sum(lengths[: config.train.batch_size])
-    base = sum(parameter.numel() for parameter in model.parameters()) - trained
+    # the gradient and AdamW's two moments in fp32, and the adapter's own weights, where these are not the base's
+    trained_bytes = trained * 4 * (3 if config.adapter.type in ("full", "freeze") else 4)
     parts = {
-        "base_weights": base * dtype.itemsize,
-        # the adapter, its gradient and AdamW's two moments, all in fp32
-        "adapter_and_optimizer": trained * 4 * 4,
+        "base_weights": base_bytes,
+        "adapter_and_optimizer": trained_bytes,
         "activations": tokens * per_token * dtype.itemsize,
         # logits, their softmax and gradient, in fp32
         "logits": CHUNK_TOKENS * text.vocab_size * 4 * 3,

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lory.adapters.inject import Match, attach_lora
+from lory.adapters.files import CONFIG_FILE as ADAPTER_FILE
+from lory.adapters.inject import AdapterConfig, Match
+from lory.adapters.kinds import KINDS, attach
+from lory.adapters.lint import lint_adapter
 from lory.config import apply_overrides, build
 from lory.data.dataset import DataConfig, Dataset, build_dataset
 from lory.data.packing import efficiency
@@ -44,7 +47,8 @@ class Prepared:
     def plan(self, processes: int = 1) -> Plan:
         """Which samples are learnt together."""
         data, train = self.config.data, self.config.train
-        rows = plan_rows(self.dataset.train, data.packing, data.max_tokens)
+        leading = getattr(self.config.adapter, "virtual_tokens", 0)
+        rows = plan_rows(self.dataset.train, data.packing, data.max_tokens, leading)
         return Plan(rows, train.batch_size, train.accumulate, processes, train.seed)
 
     def report(self, plan: Plan) -> dict[str, Any]:
@@ -151,9 +155,11 @@ def _build(prepared: Prepared, plan: Plan, accelerator: Accelerator) -> _Built:
     model, matches = build_model(prepared, accelerator)
     padded = _must_pad(model, config.data)
     objective = Objective(model)
-    optimizer = build_optimizer(model, config.train, config.adapter.lora_plus_ratio)
+    ratio = config.adapter.lora_plus_ratio if isinstance(config.adapter, AdapterConfig) else None
+    optimizer = build_optimizer(model, config.train, ratio)
     schedule = build_schedule(optimizer, config.train, count_steps(config.train, plan))
-    parts = Parts(model, prepared.tokenizer, prepared.resolved.base, optimizer, schedule, accelerator)
+    kind = KINDS[config.adapter.type]
+    parts = Parts(model, prepared.tokenizer, prepared.resolved.base, kind, optimizer, schedule, accelerator)
     return _Built(parts, objective, matches, padded)
 
 
@@ -191,14 +197,18 @@ def _train_in(folder: Path, prepared: Prepared, plan: Plan, built: _Built, resum
         loop.run(position)
     if accelerator.is_main_process:
         plot_runs([folder], folder / "plots")
+        if (folder / "last" / ADAPTER_FILE).exists():
+            for line in lint_adapter(folder / "last"):
+                log.info("note: %s", line)
     return RunResult(folder, position.step, position.best_step, position.best_loss)
 
 
 def build_model(prepared: Prepared, accelerator: Accelerator) -> tuple[PreTrainedModel, list[Match]]:
     """The base model with a fresh adapter."""
     config = prepared.config
-    model = load_model(prepared.resolved, config.model.dtype, accelerator.device, config.model.trust_remote_code)
-    matches = attach_lora(model, config.adapter)
+    base = config.model
+    model = load_model(prepared.resolved, base.dtype, accelerator.device, base.trust_remote_code, base.quantize)
+    matches = attach(model, config.adapter, prepared.tokenizer)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, matches

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from lory.adapters.prefix import packed_prefix, prefix_arguments
 from lory.data.collate import Batch
 from lory.losses.cross_entropy import LossSum, cross_entropy
 from lory.models.attention import document_arguments, documents_apart
@@ -34,9 +35,10 @@ class Objective(nn.Module):
         """Sums over the learnt tokens of the batch."""
         body, head = self._parts[0]
         if batch.attention_mask is None:
-            arguments = document_arguments(batch.seq_lens, batch.input_ids.device)
+            arguments = document_arguments(batch.seq_lens, batch.input_ids.device) | packed_prefix(self.model)
         else:
             arguments = {"attention_mask": batch.attention_mask}
+            arguments |= prefix_arguments(self.model, batch.attention_mask)
         # a cache would make the model forget where documents begin
         hidden = body(input_ids=batch.input_ids, use_cache=False, **arguments).last_hidden_state
         parameters = list(head.linear.parameters())
