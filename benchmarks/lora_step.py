@@ -1,6 +1,6 @@
 """One whole SmolLM2 training step with LoRA on all linear layers: lory's packed row and PEFT's padded batch.
 
-    python -m benchmarks.lora_step [--rounds 5] [--samples 8] [--threads 1 2] [--json]
+    python -m benchmarks.lora_step [--rounds 5] [--samples 4] [--threads 1 2] [--json]
 
 Forward, backward, clipping and AdamW over the same samples, from the same adapters. Each peer lives in a process of its
 own, whose peak memory is its own, and they take turns within each round, in an order that turns too, so that a slow
@@ -217,7 +217,7 @@ def main() -> None:
     """Run all numbers of threads and print tables, or one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=8, help="samples in a step")
+    parser.add_argument("--samples", type=int, default=4, help="samples in a step; PEFT takes about 5 GB for 4, twice")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--threads", type=int, nargs="+", default=[1])
     parser.add_argument("--json", action="store_true")
