@@ -169,7 +169,9 @@ def _suggest(model: type[BaseModel], owner: list[str], key: str, tags: list[str]
         return f"did you mean '{'.'.join([*owner, near[0]])}'?"
     # the right name in the wrong section is the other common slip
     elsewhere = [
-        f"{name}.{key}" for name in model.model_fields if (s := _section_at(model, [name])) and key in s.model_fields
+        f"{name}.{key}"
+        for name in model.model_fields
+        if [name] != owner and (section := _section_at(model, [name])) and key in section.model_fields
     ]
     if elsewhere:
         return f"did you mean '{elsewhere[0]}'?"

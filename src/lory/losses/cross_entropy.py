@@ -63,8 +63,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         needs_grad = any(ctx.needs_input_grad)
         grad_hidden = torch.zeros_like(hidden) if needs_grad else None
-        grad_parameters = [torch.zeros_like(parameter) for parameter in parameters] if needs_grad else []
-        loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        precise = torch.promote_types(hidden.dtype, torch.float32)
+        # added up in fp32 at least: in bf16 the sum over many chunks loses what single chunks bring
+        grad_parameters = [torch.zeros_like(parameter, dtype=precise) for parameter in parameters] if needs_grad else []
+        loss = hidden.new_zeros((), dtype=precise)
         correct = torch.zeros((), dtype=torch.long, device=hidden.device)
         for start in range(0, len(targets), chunk_tokens):
             here = slice(start, start + chunk_tokens)
@@ -81,6 +83,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 for total, grad in zip(grad_parameters, grads[1:], strict=True):
                     total += grad
         ctx.mark_non_differentiable(correct)
+        grad_parameters = [grad.to(p.dtype) for grad, p in zip(grad_parameters, parameters, strict=False)]
         ctx.save_for_backward(*([grad_hidden, *grad_parameters] if grad_hidden is not None else []))
         return loss, correct
 
