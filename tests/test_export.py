@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,16 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, FalconForCausalLM
 
 from lory import export
-from lory.adapters.files import load_adapter
+from lory.adapters.files import load_adapter, save_adapter
+from lory.adapters.inject import AdapterConfig, attach_lora
 from lory.assistant import load
 from lory.generate import GenerationOptions
-from lory.models.resolve import resolve
+from lory.models.load import load_model
+from lory.models.resolve import Resolved, resolve
+from lory.models.streamed import NotStreamable
 from lory.runtime import LoryError, UsageError
 from lory.training.config import Config
 from lory.training.run import prepare
@@ -208,3 +213,131 @@ def test_the_comparison_is_with_base_and_adapter(tiny_adapter: Path, tiny_model:
     model = load_plain(tiny_model)
     load_adapter(model, tiny_adapter)  # the adapter does change this model
     assert (logits(model) - logits(load_plain(tiny_model))).abs().max() > 1
+
+
+# How it is compared: the weights are read as they are needed
+
+STREAMED: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Gemma2": {"tie_word_embeddings": True},
+    "Qwen2Moe": {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+    "GPT2": {"n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "Rwkv": {"num_hidden_layers": 2},
+}
+
+
+def save_pair(model: Any, folder: Path, **settings: Any) -> Resolved:
+    """Write a model in several files and a random adapter for it."""
+    base, adapter = folder / "base", folder / "adapter"
+    model.save_pretrained(base, max_shard_size=10_000)
+    attach_lora(model, AdapterConfig(rank=3, alpha=7, **settings))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    adapter.mkdir()
+    save_adapter(model, adapter, str(base))
+    return Resolved(str(adapter), str(base), base, adapter)
+
+
+def answer_loaded(pair: Resolved, prompts: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """What `_answer_streamed` gives, by loading the model as a whole."""
+    assert pair.adapter is not None
+    model = load_model(pair, "auto", torch.device("cpu"))
+    base = export._logits(model, prompts)
+    load_adapter(model, pair.adapter)
+    return [base, export._logits(model, prompts)]
+
+
+def assert_streams_the_same(pair: Resolved) -> None:
+    prompts = export._random_prompts(pair, torch.device("cpu"))
+    base, adapted = export._answer_streamed(pair.base_path, pair.adapter, prompts)
+    whole = answer_loaded(pair, prompts)
+    torch.testing.assert_close([base, adapted], whole, rtol=1e-6, atol=1e-6)
+    assert export._distance(base, adapted) > 0.01
+    assert [len(rows) for rows in base] == [prompt.shape[1] for prompt in prompts]
+
+
+@pytest.mark.parametrize("family", STREAMED)
+def test_a_streamed_model_answers_like_a_loaded_one(
+    family: str, random_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert_streams_the_same(save_pair(random_model(family, **STREAMED[family]), tmp_path))
+
+
+def test_a_streamed_falcon_answers_like_a_loaded_one(tmp_path: Path) -> None:
+    # fused queries, keys and values; linear layers of its own class
+    config = FalconConfig(vocab_size=131, hidden_size=24, num_hidden_layers=2, num_attention_heads=4)
+    torch.manual_seed(0)
+    assert_streams_the_same(save_pair(FalconForCausalLM(config).eval(), tmp_path))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"type": "dora"}, {"targets": ["embed_tokens", "lm_head"]}, {"modules_to_save": ["lm_head"]}],
+    ids=["lora", "dora", "tied layers", "a whole module"],
+)
+def test_every_kind_of_adapter_streams_on_a_tied_model(
+    settings: dict[str, Any], random_model: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert_streams_the_same(save_pair(random_model("Llama", tie_word_embeddings=True), tmp_path, **settings))
+
+
+def test_stored_buffers_are_read(random_model: Callable[..., Any], tmp_path: Path) -> None:
+    sizes = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 8}
+    model = random_model("Glm4Moe", first_k_dense_replace=1, **sizes)
+    bias = model.model.layers[1].mlp.gate.e_score_correction_bias
+    bias.copy_(torch.tensor([0.0, 9.0, 0.0, 9.0]))
+    assert_streams_the_same(save_pair(model, tmp_path))
+
+
+def test_the_comparison_holds_one_module_at_a_time(tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = 0
+    whole = export.bring_weights
+
+    def bring_weights(model: Any, fetch: Any) -> Any:
+        def fetch_and_count(name: str) -> torch.Tensor:
+            nonlocal largest
+            held = sum(p.numel() for n, p in model.named_parameters() if not p.is_meta and "lora_" not in n)
+            tensor: torch.Tensor = fetch(name)
+            largest = max(largest, held + tensor.numel())
+            return tensor
+
+        return whole(model, fetch_and_count)
+
+    monkeypatch.setattr(export, "bring_weights", bring_weights)
+    monkeypatch.setattr(export, "load_model", None)
+    resolved = resolve(tiny_adapter)
+    export._answer(resolved, tiny_adapter, export._random_prompts(resolved, torch.device("cpu")))
+    assert largest == 320 * 24  # the embeddings or the head, which are its largest tensors
+
+
+def test_a_model_that_uses_weights_of_other_modules_is_loaded(
+    random_model: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair = save_pair(random_model("Mamba", state_size=4), tmp_path, targets=["in_proj"])
+    prompts = export._random_prompts(pair, torch.device("cpu"))
+    with pytest.raises(NotStreamable, match="does not run a module at a time"):
+        export._answer_streamed(pair.base_path, pair.adapter, prompts)
+    with caplog.at_level(logging.INFO, logger="lory"):
+        found = export._answer(pair, pair.adapter, prompts)
+    assert len([line for line in caplog.messages if "is loaded into memory as a whole, since it does" in line]) == 1
+    torch.testing.assert_close(found, answer_loaded(pair, prompts), rtol=0, atol=0)
+
+
+def test_a_tensor_that_is_not_stored_is_for_loading_to_refuse(random_model: Callable[..., Any], tmp_path: Path) -> None:
+    pair = save_pair(random_model("Llama"), tmp_path)
+    index = pair.base_path / "model.safetensors.index.json"
+    weights = json.loads(index.read_text())
+    del weights["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(weights))
+    for path in pair.base_path.glob("*.safetensors"):
+        tensors = load_file(path)
+        tensors.pop("model.norm.weight", None)
+        save_file(tensors, path, metadata={"format": "pt"})
+    prompts = export._random_prompts(pair, torch.device("cpu"))
+    with pytest.raises(NotStreamable, match=r"'model\.norm\.weight'"):
+        export._answer_streamed(pair.base_path, None, prompts)
+    with pytest.raises(UsageError, match=r"lacks 1 of the model's weights, model\.norm\.weight among them"):
+        export._answer(pair, None, prompts)

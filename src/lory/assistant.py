@@ -11,6 +11,7 @@ from lory.adapters import kinds
 from lory.data.templates import render_prompt
 from lory.generate import GenerationOptions, decode_text, default_options, generate_ids, stream_text
 from lory.models.load import DtypeName, load_model, load_tokenizer, terminators
+from lory.models.quantize import Quantization
 from lory.models.resolve import resolve
 from lory.runtime import UsageError
 from lory.types import ROLES, Message, Role
@@ -84,12 +85,17 @@ def parse_messages(messages: Messages) -> list[Message]:
 
 
 def load(
-    model: str | Path, dtype: DtypeName = "auto", device: str | None = None, trust_remote_code: bool = False
+    model: str | Path,
+    dtype: DtypeName = "auto",
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    quantize: Quantization | None = None,
 ) -> Assistant:
     """Load a MODEL (a run, a checkpoint, an adapter or model folder, a hub id, `smollm2`) ready to chat.
 
     Args:
         dtype: precision of the base weights; auto is float32 on a CPU and bfloat16 on a GPU.
+        quantize: hold the base's linear layers in few bits (nf4 or int8).
         device: where it runs, such as `cpu` or `cuda:1`; by default the accelerator where there is one.
 
     Raises:
@@ -97,7 +103,7 @@ def load(
     """
     place = check_device(device) if device else None
     resolved = resolve(model)
-    loaded = load_model(resolved, dtype, place, trust_remote_code)
+    loaded = load_model(resolved, dtype, place, trust_remote_code, quantize)
     if resolved.adapter:
         kinds.load(loaded, resolved.adapter)
     return Assistant(loaded, load_tokenizer(resolved, trust_remote_code), resolved.name)

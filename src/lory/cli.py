@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import sys
 from enum import Enum
 from pathlib import Path
@@ -40,6 +41,13 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Fields to set, as in train.epochs=5.", metavar="[SECTION.FIELD=VALUE]...")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+class Bits(str, Enum):
+    """Ways to hold a base in few bits."""
+
+    nf4 = "nf4"
+    int8 = "int8"
 
 
 class SumMode(str, Enum):
@@ -144,12 +152,17 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Precision of the base weights.")] = None,
     device: Annotated[str | None, typer.Option(help="Where it runs, as in cpu or cuda:0.")] = None,
+    quantize: Annotated[Bits | None, typer.Option(help="Hold the base in few bits.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
 ) -> None:
     """Talk to a model in the terminal; :help lists the commands there."""
     from lory.assistant import load
     from lory.chat.terminal import run_chat
 
-    assistant = load(model, dtype.value if dtype else "auto", device)
+    bits: Any = quantize.value if quantize else None
+    assistant = load(model, dtype.value if dtype else "auto", device, trust_remote_code, bits)
     raise typer.Exit(run_chat(assistant, system))
 
 
@@ -381,6 +394,8 @@ def main() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)
     log.propagate = False
+    # so that what is half-written is cleared away, as after Ctrl-C; a training has a handler of its own
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         app(prog_name="lory")
     except LoryError as error:

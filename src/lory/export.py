@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lory.adapters.files import load_adapter
-from lory.adapters.merge import MergeReport, merge_shards
+from lory.adapters.files import AdapterFiles, load_adapter
+from lory.adapters.inject import adapted_layers, keep_scale, set_parameter
+from lory.adapters.layout import read_layout
+from lory.adapters.merge import MergeReport, merge_shards, read_headers
 from lory.adapters.prompt import check_mergeable
 from lory.assistant import check_device
-from lory.models.load import default_device, load_config, load_model
+from lory.models.load import choose_dtype, default_device, load_config, load_model
 from lory.models.resolve import Resolved, resolve
-from lory.runtime import LoryError, UsageError, log, write_aside
+from lory.models.streamed import NotStreamable, bring_weights, make_empty
+from lory.runtime import LoryError, UsageError, log, read_json, write_aside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,22 +84,19 @@ def merge(
 def compare(resolved: Resolved, adapter: Path, merged: Path) -> float:
     """The largest difference of logits between base plus adapter and the merged model, relative to the largest logit.
 
-    All is computed in the precision that `auto` gives: fp32 on a CPU, whatever is stored.
+    All is computed in the precision that `auto` gives: fp32 on a CPU, whatever is stored. Neither model is loaded as a
+    whole, where that can be helped: the weights are read module by module as they are needed.
 
     Raises:
         LoryError: it is larger than rounding explains, or rounding has swallowed what the adapter does.
     """
     device = default_device()
     prompts = _random_prompts(resolved, device)
-    separate = load_model(resolved, "auto", device)
-    base = _logits(separate, prompts)
-    load_adapter(separate, adapter)
-    expected = _logits(separate, prompts)
-    del separate
-    together = load_model(Resolved(str(merged), str(merged), merged, None), "auto", device)
-    difference, effect = _distance(_logits(together, prompts), expected), _distance(base, expected)
+    base, expected = _answer(resolved, adapter, prompts)
+    (found,) = _answer(Resolved(str(merged), str(merged), merged, None), None, prompts)
+    difference, effect = _distance(found, expected), _distance(base, expected)
     # what is computed with and what is stored both round; the coarser one decides
-    limit = max(_TOLERANCES[together.dtype], _TOLERANCES[_stored_dtype(merged)])
+    limit = max(_TOLERANCES[choose_dtype("auto", device)], _TOLERANCES[_stored_dtype(merged)])
     if not difference <= limit:
         raise LoryError(
             f"The merged model differs from base and adapter by {difference:.1e} of its largest logit (rounding "
@@ -132,6 +134,104 @@ def _random_prompts(resolved: Resolved, device: torch.device) -> list[torch.Tens
     return [torch.randint(vocabulary, (1, length), generator=generator).to(device) for length in (1, 7, 32)]
 
 
+def _answer(resolved: Resolved, adapter: Path | None, prompts: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Logits of the base model and, where an adapter is given, of the model with it."""
+    try:
+        return _answer_streamed(resolved.base_path, adapter, prompts)
+    except NotStreamable as reason:
+        log.info("%s is loaded into memory as a whole, since %s.", resolved.base_path, reason)
+    model = load_model(resolved, "auto", prompts[0].device)
+    answers = [_logits(model, prompts)]
+    if adapter is not None:
+        load_adapter(model, adapter)
+        answers.append(_logits(model, prompts))
+    return answers
+
+
+def _answer_streamed(folder: Path, adapter: Path | None, prompts: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """`_answer` with no more of the model in memory than the module that runs.
+
+    Raises:
+        NotStreamable: this model cannot be run so.
+    """
+    device = prompts[0].device
+    model = make_empty(folder, choose_dtype("auto", device), device)
+    keep_scale(model)  # what it stops changes weights before the forward that they are brought for
+    with contextlib.ExitStack() as stack:
+        fetch = _find_weights(model, folder, device, stack)
+        _fill_buffers(model, fetch)
+        answers = []
+        for part in (None, adapter) if adapter else (None,):
+            if part is not None:
+                _attach(model, part, device)
+            with bring_weights(model, fetch):
+                answers.append(_logits(model, prompts))
+    if any(row.is_meta for answer in answers for row in answer):
+        raise NotStreamable("it does not run a module at a time")
+    return answers
+
+
+def _find_weights(
+    model: PreTrainedModel, folder: Path, device: torch.device, stack: contextlib.ExitStack
+) -> Callable[[str], torch.Tensor]:
+    """A function from a name in the state dict to its tensor, read on `device`; the files stay open with `stack`."""
+    entries = read_headers(folder, stack)
+    layout = read_layout(folder, read_json(folder / "config.json"), {name: e.shape for name, e in entries.items()})
+    if layout.model is None or type(layout.model) is not type(model):
+        raise NotStreamable(f"its config.json names another class than {type(model).__name__}")
+    state = model.state_dict()
+    stored = defaultdict(list)  # a model of many experts has too many tensors to ask the layout each time
+    for file_name, piece in layout.pieces.items():
+        stored[piece.parameter].append(file_name)
+    sources = {}
+    for name, tensor in state.items():
+        first = layout.ties.get(name, name)
+        tied = [target for target, source in layout.ties.items() if source == first]
+        # one that is stored itself is loaded from there, tied or not
+        sources[name] = next((found for owner in (name, first, *tied) if (found := stored.get(owner))), [])
+        shapes = [entries[part].shape for part in sources[name]]
+        cuts = [tuple(layout.pieces[part].cut(tensor).shape) for part in sources[name]]
+        if cuts != shapes or sum(map(math.prod, shapes)) != tensor.numel():
+            raise NotStreamable(f"its files do not hold '{name}' in a form that can be read on its own")
+
+    def fetch(name: str) -> torch.Tensor:
+        tensor = torch.empty_like(state[name], device=device)
+        for part in sources[name]:
+            layout.pieces[part].cut(tensor).copy_(entries[part].file.get_tensor(entries[part].name))
+        return tensor
+
+    return fetch
+
+
+def _fill_buffers(model: PreTrainedModel, fetch: Callable[[str], torch.Tensor]) -> None:
+    """Give the buffers that are stored with the weights what is stored."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.is_meta:
+            tensor.copy_(fetch(name))
+
+
+def _attach(model: PreTrainedModel, adapter: Path, device: torch.device) -> None:
+    """Put an adapter with real tensors on a model whose own are on the meta device."""
+    files = AdapterFiles(adapter)
+    files.name_parameters(model)
+    load_adapter(model, adapter)  # on the meta device, too
+    for path, layer in adapted_layers(model):
+        values = dict(zip(("lora_A", "lora_B"), files.factors(path), strict=True))
+        if (magnitude := files.magnitude(path)) is not None:
+            values["lora_magnitude"] = magnitude
+        for name, value in values.items():
+            set_parameter(layer, name, value.to(device, getattr(layer, name).dtype), trainable=False)
+    state = model.state_dict()
+    for name, value in files.whole.items():
+        if state[name].is_meta:
+            set_parameter(model, name, value.to(device, state[name].dtype), trainable=False)
+
+
 def _logits(model: PreTrainedModel, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The logits at each prompt's tokens, (T, V) in fp32."""
+    # one batch, so that weights are read once; tokens after a prompt's end (itself, repeated) don't change its logits
+    longest = max(prompt.shape[1] for prompt in prompts)
+    rows = torch.cat([prompt.repeat(1, longest)[:, :longest] for prompt in prompts])
     with torch.no_grad():
-        return [model(prompt, use_cache=False).logits.float() for prompt in prompts]
+        logits = model(rows, use_cache=False).logits.float()
+    return [row[: prompt.shape[1]] for row, prompt in zip(logits, prompts, strict=True)]

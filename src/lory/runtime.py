@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 log = logging.getLogger("lory")
 
 
@@ -71,6 +73,9 @@ def write_aside(target: Path) -> Iterator[Path]:
         flush(target.parent)
     except OSError as error:
         raise explain_os_error(error, f"write {target}") from error
+    except SafetensorError as error:
+        # what safetensors makes of a full disk
+        raise LoryError(f"Could not write {target}: {error}.") from error
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)

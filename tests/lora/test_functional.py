@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lory.lora import Linear, adapted_linear, delta_weight, low_rank
+from lory.lora import Linear, adapted_linear, delta_weight, functional, low_rank
 
 
 def _make(
@@ -79,6 +79,24 @@ def test_non_contiguous_inputs_equal_plain_operations(make_view: Any, dropout: f
         gradients = torch.autograd.grad(y.sin().sum(), (x, inputs["lora_A"], inputs["lora_B"]))
         results.append([y, *gradients])
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("block", [1, 16, 10**6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_size_of_the_blocks_does_not_matter(
+    block: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = _make(3, 7, 5, dtype=torch.float64)
+    for key in ("x", "weight", "bias"):
+        inputs[key] = inputs[key].detach().to(dtype).requires_grad_(key == "x")
+    monkeypatch.setattr(functional, "_BLOCK", block)
+    results = []
+    for function in (adapted_linear, _plain):
+        torch.manual_seed(5)
+        y = function(*inputs.values(), 0.4)
+        results.append([y, *torch.autograd.grad(y.sum(), [inputs[key] for key in ("x", "lora_A", "lora_B")])])
+    tolerance = 1e-12 if dtype == torch.float64 else 3e-2
+    torch.testing.assert_close(results[0], results[1], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float16", "float32"), ("float32", "bfloat16")])

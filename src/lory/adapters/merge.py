@@ -108,7 +108,7 @@ def merge_shards(
     files = AdapterFiles(adapter)
     try:
         with contextlib.ExitStack() as stack:
-            entries = _read_headers(base, stack)
+            entries = read_headers(base, stack)
             layout = read_layout(base, config, {name: entry.shape for name, entry in entries.items()})
             changes = _plan_changes(files, layout, entries, base, config)
             if _untie(changes, files, layout, entries):
@@ -167,7 +167,7 @@ def _read_config(base: Path) -> dict[str, Any]:
     return config
 
 
-def _read_headers(base: Path, stack: contextlib.ExitStack) -> dict[str, _Entry]:
+def read_headers(base: Path, stack: contextlib.ExitStack) -> dict[str, _Entry]:
     """All tensors of a model folder, whose files stay open until `stack` closes; no tensor is read."""
     weight_map = _read_weight_map(base)
     paths = sorted({base / name for name in weight_map.values()}) or [base / SINGLE_FILE]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -161,20 +162,24 @@ def _encode_all(conversations: Sequence[Conversation], encoder: Encoder, source:
 
 def _name_sources(configs: Sequence[SourceConfig]) -> list[tuple[str, SourceConfig]]:
     """A name for each source, the end of its path; equal ones are numbered."""
-    seen: Counter[str] = Counter()
+    taken: set[str] = set()
     named = []
     for config in configs:
         name = config.path.replace("\\", "/").rstrip("/").rpartition("/")[2]
-        seen[name] += 1
-        named.append((name if seen[name] == 1 else f"{name}-{seen[name]}", config))
+        free = next(n for n in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2))) if n not in taken)
+        taken.add(free)
+        named.append((free, config))
     return named
 
 
 def _question(conversation: Conversation) -> str:
-    """What identifies a conversation for the split: all that stands before its last answer."""
+    """What identifies a conversation for the split: its first question.
+
+    Conversations that begin alike stay on one side, since each of their answers is learnt.
+    """
     if conversation.text is not None:
         return conversation.text
-    return "\x00".join(f"{message.role}\x01{message.content}" for message in conversation.prompt)
+    return next(message.content for message in conversation.messages if message.role == "user")
 
 
 def _split(

@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import has_torch_function
 
+# elements of a block for each thread, 1 MB in fp32: fresh pages for larger temporaries cost more than the arithmetic
+_BLOCK = 2**18
+
 
 def low_rank(x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dropout: float = 0.0) -> Tensor:
     """The adapter's part of a layer's output: ``scaling * B A dropout(x)``.
@@ -100,11 +103,32 @@ def _run_adapted_linear(
     """`adapted_linear`'s output, A dropout(x) (N, R), and the mask of what the dropout kept, in x's shape."""
     kept, mask = x.to(lora_A.dtype), None
     if dropout:
-        # in x's own shape and strides, so that the same seed drops the same elements as F.dropout does
-        kept, mask = torch.native_dropout(kept, dropout, True)
+        kept, mask = _drop(kept, dropout)
     h = _rows(kept) @ lora_A.t()
     y = _add_product(F.linear(_rows(x), weight, bias), h, lora_B.t(), scaling)
     return y.view(x.shape[:-1] + y.shape[-1:]), h, mask
+
+
+def _drop(x: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
+    """F.dropout(x) under the same seed, and the mask of what it kept: a byte an element, in x's shape and strides."""
+    if not x.is_cpu:
+        return torch.native_dropout(x, dropout, True)
+    mask = torch.empty_like(x, dtype=torch.uint8).bernoulli_(1.0 - dropout)
+    return _apply_mask(x, mask).div_(1.0 - dropout), mask
+
+
+def _apply_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """x where the mask is one, else zero."""
+    if not x.is_cpu:
+        return x * mask
+    # a CPU multiplies two dtypes by way of copies; and a byte becomes a float faster than a bool does
+    return mask.to(x.dtype).mul_(x)
+
+
+def _split_rows(x: Tensor) -> list[slice]:
+    """Blocks of the rows of x (N, n): small ones on a CPU, one on other devices."""
+    size = _BLOCK * torch.get_num_threads() // max(1, x.shape[1]) if x.is_cpu else len(x)
+    return [slice(start, start + max(1, size)) for start in range(0, len(x), max(1, size))]
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -141,8 +165,10 @@ class _AdaptedLinear(torch.autograd.Function):
         grad_wide = grad.to(lora_A.dtype)
         grad_x = grad_A = grad_B = None
         if need_A or torch.is_grad_enabled():
-            kept = x.to(lora_A.dtype) if mask is None else x.to(lora_A.dtype) * mask
-            kept = _rows(kept)  # without the factor 1/keep, which is cheaper on the R-wide products
+            kept = x.to(lora_A.dtype)
+            if mask is not None:
+                kept = _apply_mask(kept, mask)  # without the factor 1/keep, which is cheaper on the R-wide products
+            kept = _rows(kept)
         if need_B:
             if torch.is_grad_enabled():  # for second derivatives: the h of the forward has no history
                 h = kept @ lora_A.t() / ctx.keep
@@ -152,8 +178,14 @@ class _AdaptedLinear(torch.autograd.Function):
             grad_h = (grad_wide @ lora_B) * (ctx.scaling / ctx.keep)
             if need_A:
                 grad_A = grad_h.t() @ kept
+                del kept  # before the next wide matrix is made
             if need_x:
-                grad_x = _add_product(grad @ weight, grad_h, lora_A, 1.0, mask).reshape(x.shape)
+                grad_x = grad @ weight
+                if mask is None:
+                    grad_x = _add_product(grad_x, grad_h, lora_A, 1.0)
+                else:
+                    _add_masked_product(grad_x, grad_h, lora_A, _rows(mask))
+                grad_x = grad_x.reshape(x.shape)
         grad_weight = grad.t() @ _rows(x) if need_weight else None
         grad_bias = grad.sum(0) if need_bias else None
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None
@@ -164,11 +196,15 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
-def _add_product(y: Tensor, left: Tensor, right: Tensor, scaling: float, mask: Tensor | None = None) -> Tensor:
-    """``y + mask * scaling * left right`` in y's dtype; `y` is overwritten where that saves memory."""
-    if mask is not None:
-        return y.add_((left @ right).mul_(_rows(mask)).to(y.dtype), alpha=scaling)
+def _add_product(y: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """``y + scaling * left right`` in y's dtype; `y` is overwritten where that saves memory."""
     if torch.promote_types(y.dtype, left.dtype) == left.dtype:
         # also for narrow y: casting it twice is faster than adding two dtypes, and rounds once
         return y.to(left.dtype).addmm_(left, right, alpha=scaling).to(y.dtype)
     return y.add_(left @ right, alpha=scaling)
+
+
+def _add_masked_product(y: Tensor, left: Tensor, right: Tensor, mask: Tensor) -> None:
+    """Add ``mask * left right`` to `y`, block by block of the rows, so that the product is never held as a whole."""
+    for rows in _split_rows(mask):
+        y[rows].add_(_apply_mask(left[rows] @ right, mask[rows]).to(y.dtype))

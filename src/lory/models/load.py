@@ -95,7 +95,7 @@ def load_model(
             **few_bits,
         )
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UsageError(f"{path} could not be loaded as a causal language model: {_first_line(error)}") from error
+        raise UsageError(f"{path} could not be loaded as a causal language model: {first_line(error)}") from error
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
@@ -112,7 +112,7 @@ def load_tokenizer(resolved: Resolved, trust_remote_code: bool = False) -> PreTr
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, RuntimeError) as error:
-        raise UsageError(f"The tokenizer in {path} could not be loaded: {_first_line(error)}") from error
+        raise UsageError(f"The tokenizer in {path} could not be loaded: {first_line(error)}") from error
 
 
 def load_config(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -128,7 +128,7 @@ def load_config(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
-        raise UsageError(f"{path / 'config.json'} could not be read: {_first_line(error)}") from error
+        raise UsageError(f"{path / 'config.json'} could not be read: {first_line(error)}") from error
 
 
 def load_generation_config(resolved: Resolved, trust_remote_code: bool = False) -> GenerationConfig:
@@ -151,5 +151,5 @@ def terminators(generation_config: GenerationConfig | None, tokenizer: PreTraine
     return tuple(ids)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]

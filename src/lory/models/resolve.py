@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from lory.runtime import UsageError, log, read_json
 _ADAPTER_FILE = "adapter_config.json"
 _MODEL_FILE = "config.json"
 _MANIFEST = "MANIFEST.json"
+_END_BYTES = 2**22
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -78,6 +80,23 @@ def _resolve_adapter(name: str, folder: Path) -> Resolved:
     if (base_folder / _ADAPTER_FILE).exists() or (below := resolve(base)).adapter:
         raise UsageError(f"{folder} is an adapter on '{base}', which is an adapter itself; merge that one first.")
     return Resolved(name, base, below.base_path, folder)
+
+
+def fingerprint_weights(folder: Path) -> str:
+    """SHA-256 that tells a model folder's weights from others: of names, sizes, and both ends of each file.
+
+    The ends hold the names and shapes of all tensors and a million of their values: enough to see another model, or
+    another state of this one, in a moment, whatever the size.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_END_BYTES))
+            file.seek(max(size - _END_BYTES, 0))
+            digest.update(file.read(_END_BYTES))
+    return digest.hexdigest()
 
 
 def list_runs(folder: Path) -> list[Path]:

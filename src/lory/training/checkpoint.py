@@ -96,6 +96,7 @@ def _state(parts: Parts, position: Position) -> dict[str, Any]:
         "position": asdict(position),
         "schedule": {"last_epoch": parts.schedule.last_epoch},
         "processes": parts.accelerator.num_processes,
+        "dtype": str(parts.model.dtype),
     }
 
 
@@ -145,12 +146,22 @@ def tidy_checkpoints(run: Path, position: Position, keep: int) -> None:
     best, current = (run / f"checkpoint-{step}" for step in (position.best_step, position.step))
     if best in checkpoints:
         point_link(run / "best", best)
+    elif not (run / "best").exists():
+        (run / "best").unlink(missing_ok=True)
     for folder in checkpoints[:-keep]:
         if folder not in (best, current):
             # under a name that the lines below know, should the deletion be interrupted
             folder.rename(run / f".{folder.name}.old.tmp")
     for left in run.glob(".checkpoint-*.tmp"):
         shutil.rmtree(left)
+
+
+def drop_newer(run: Path, position: Position) -> None:
+    """Delete the checkpoints after this position, which the run will make again; the log is taken back alike."""
+    for folder in list_checkpoints(run):
+        if int(folder.name.rpartition("-")[2]) > position.step:
+            folder.rename(run / f".{folder.name}.old.tmp")
+            shutil.rmtree(run / f".{folder.name}.old.tmp")
 
 
 def load_checkpoint(folder: Path, parts: Parts) -> Position:
@@ -165,6 +176,11 @@ def load_checkpoint(folder: Path, parts: Parts) -> Position:
         raise UsageError(
             f"{folder} was written by {state['processes']} processes, and this run has "
             f"{parts.accelerator.num_processes}; resume with the same number."
+        )
+    if state["dtype"] != str(parts.model.dtype):
+        raise UsageError(
+            f"{folder} was trained in {state['dtype']}, and here model.dtype gives {parts.model.dtype}; resume on the "
+            "same kind of device."
         )
     parts.kind.restore(parts.model, folder)
     _load_optimizer(load_file(folder / OPTIMIZER_FILE), parts.optimizer)

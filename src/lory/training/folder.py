@@ -91,6 +91,10 @@ def check_resumable(folder: Path, config: Config, data: dict[str, Any]) -> None:
                 "the same run; take the change back, or train without --resume."
             )
     old = read_json(folder / "data.json")
+    if old["base"] != data["base"]:
+        raise UsageError(
+            f"The base model's weights have changed since {folder} began; put them back, or train without --resume."
+        )
     if old["fingerprint"] == data["fingerprint"]:
         return
     changed = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import signal
 import sys
@@ -62,8 +63,7 @@ class Plan:
 
     def order(self, epoch: int) -> list[int]:
         """The rows' order in an epoch, a function of seed and epoch alone, so that a resumed run finds its place."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(len(self.rows), generator=generator).tolist()
+        return _permute(len(self.rows), self.seed * 1_000_003 + epoch)
 
     def micro_batches(self, epoch: int, step: int, rank: int) -> list[list[int]]:
         """Sample indices of each micro-batch of this rank in an epoch's step; at the end some may be empty."""
@@ -72,6 +72,13 @@ class Plan:
         # every rank must run the same number of passes, or they would wait for each other for ever
         batches += [[] for _ in range(-len(batches) % self.processes)]
         return [[index for row in batch for index in self.rows[row]] for batch in batches[rank :: self.processes]]
+
+
+@functools.lru_cache(maxsize=1)
+def _permute(count: int, seed: int) -> list[int]:
+    """The numbers below `count` in random order; the last answer is kept, since every step of an epoch asks."""
+    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
 
 
 def plan_rows(samples: Sequence[Sample], packing: bool, max_tokens: int, leading: int = 0) -> list[list[int]]:
@@ -169,8 +176,8 @@ class Loop:
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise LoryError(
                 f"The loss is {result.loss} and the gradient norm {result.grad_norm} at step {position.step + 1}: the "
-                f"run stopped before it could spoil the weights. The last checkpoint in {self.folder} is good; lower "
-                "train.learning_rate or look at the data of this step."
+                "run stopped before updating the weights. Lower train.learning_rate or look at the data of this step; "
+                f"the checkpoints in {self.folder} are as they were."
             )
         position.step += 1
         position.step_in_epoch += 1
@@ -251,6 +258,11 @@ class Loop:
         sums = {name: self._evaluate_samples(samples) for name, samples in self.evaluation.items()}
         values = _describe(torch.stack(list(sums.values())).sum(0))
         values["sources"] = {name: _describe(value) for name, value in sums.items()}
+        if not math.isfinite(values["loss"]):
+            raise LoryError(
+                f"The evaluation loss is {values['loss']} after step {position.step}: the weights are spoilt; lower "
+                "train.learning_rate, and start anew or resume from an earlier checkpoint."
+            )
         # before the first step there is nothing yet that could be best
         if position.step:
             if position.best_loss is None or values["loss"] < position.best_loss:

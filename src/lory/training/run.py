@@ -19,9 +19,9 @@ from lory.data.packing import efficiency
 from lory.models.attention import keeps_documents_apart
 from lory.models.load import default_device, load_generation_config, load_model, load_tokenizer, terminators
 from lory.models.matmul import choose_fp32_matmul
-from lory.models.resolve import Resolved, find_checkpoint, find_run, list_checkpoints, resolve
+from lory.models.resolve import Resolved, find_checkpoint, find_run, fingerprint_weights, list_checkpoints, resolve
 from lory.runtime import UsageError, lock_file, log
-from lory.training.checkpoint import Parts, Position, load_checkpoint
+from lory.training.checkpoint import Parts, Position, drop_newer, load_checkpoint
 from lory.training.config import Config, read_config
 from lory.training.folder import check_output, check_resumable, describe_run, make_folder
 from lory.training.loop import Loop, Plan, count_steps, plan_rows
@@ -58,6 +58,7 @@ class Prepared:
         share = efficiency(plan.rows, lengths, self.config.data.max_tokens) if packing else None
         return {
             **self.dataset.report(),
+            "base": fingerprint_weights(self.resolved.base_path),
             "rows": len(plan.rows),
             "packing_efficiency": share,
             "steps": count_steps(self.config.train, plan),
@@ -237,6 +238,8 @@ def _find_position(folder: Path, resume: str | None, parts: Parts) -> Position:
         return Position()
     checkpoint = find_checkpoint(folder, resume)
     position = load_checkpoint(checkpoint, parts)
+    if parts.accelerator.is_main_process:
+        drop_newer(folder, position)
     log.info("Going on from %s, after step %d.", checkpoint, position.step)
     return position
 
