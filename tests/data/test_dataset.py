@@ -284,3 +284,35 @@ def test_the_fingerprint_is_of_what_is_learnt_in_its_order(make: Make) -> None:
         make(["first.jsonl"], eval=["second.jsonl"]),
     ]
     assert len({usual, *(dataset.fingerprint for dataset in others)}) == 7
+
+
+def test_conversations_that_begin_alike_stay_on_one_side(tmp_path: Path, chat_tokenizer: Any) -> None:
+    tokenizer, ends = chat_tokenizer("chatml")
+    records = []
+    for number in range(12):
+        first = [{"role": "user", "content": f"Q{number}"}, {"role": "assistant", "content": f"A{number}"}]
+        more = [{"role": "user", "content": "And then?"}, {"role": "assistant", "content": "Nothing."}]
+        records += [{"messages": first}, {"messages": first + more}]
+    path = tmp_path / "turns.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for seed in range(6):
+        config = build(DataConfig, {"train": [{"path": str(path)}], "eval_fraction": 0.25}, "data")
+        dataset = build_dataset(config, tokenizer, ends, seed)
+        texts = [
+            {tokenizer.decode(sample.input_ids).split("<|im_end|>")[0] for sample in samples}
+            for samples in (dataset.train, dataset.eval["turns.jsonl"])
+        ]
+        assert texts[1]
+        assert not texts[0] & texts[1]
+
+
+def test_sources_of_one_name_are_all_evaluated(tmp_path: Path, chat_tokenizer: Any) -> None:
+    tokenizer, ends = chat_tokenizer("chatml")
+    paths = [tmp_path / "a" / "x.jsonl", tmp_path / "b" / "x.jsonl", tmp_path / "x.jsonl-2.jsonl"]
+    for number, path in enumerate(paths):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"query": f"Q{number}", "response": "A"}) + "\n")
+    (tmp_path / "t.jsonl").write_text(json.dumps({"query": "T", "response": "A"}) + "\n")
+    values = {"train": [{"path": str(tmp_path / "t.jsonl")}], "eval": [{"path": str(path)} for path in paths]}
+    dataset = build_dataset(build(DataConfig, values, "data"), tokenizer, ends, 0)
+    assert sum(len(samples) for samples in dataset.eval.values()) == 3
