@@ -221,3 +221,13 @@ def test_held_out_questions_differ_by_more_than_one_word() -> None:
         if count_edits(words(asked), words(held)) <= (2 if is_chinese(held) else 1)
     ]
     assert near == []
+
+
+def test_the_benchmark_asks_what_is_in_no_record() -> None:
+    from benchmarks.identity import QUESTIONS
+
+    def simplify(text: str) -> str:
+        return re.sub(r"\W", "", text.lower())
+
+    asked = {simplify(m.content) for c in identity_conversations("A", "B") for m in c.messages if m.role == "user"}
+    assert not [question for question in QUESTIONS if simplify(question) in asked]
