@@ -114,6 +114,7 @@ def _preview(prepared: Prepared, samples: int, as_json: bool, with_config: bool)
 
     from lory.config import dump_yaml
     from lory.training.preview import describe_sample, estimate_memory, show_sample
+    from lory.training.run import describe_sources
 
     plan = prepared.plan()
     report = prepared.report(plan)
@@ -131,16 +132,8 @@ def _preview(prepared: Prepared, samples: int, as_json: bool, with_config: bool)
     for sample in shown:
         console.print(show_sample(sample, prepared.tokenizer), end="\n\n")
         console.print(f"{len(sample)} tokens, {sample.supervised} learnt (in ⟦ ⟧)\n", style="cyan")
-    for source in report["sources"]:
-        counts = source["samples"]
-        console.print(
-            f"{source['name']}: {source['read']:,} read, {counts['train']:,} to train on, {counts['eval']:,} to "
-            f"evaluate on, {source['tokens']:,} tokens, {source['supervised_tokens']:,} learnt"
-        )
-        for reason, number in source["dropped"].items():
-            console.print(f"  dropped {number:,}: {reason}")
-        for note in source["notes"]:
-            console.print(f"  note: {note}")
+    for line in describe_sources(report):
+        console.print(line)
     console.print(f"{report['rows']:,} rows, {report['steps']:,} optimizer steps")
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.2f}" for name, size in memory.items() if name != "total")
     console.print(f"memory, roughly: {memory['total'] / 1e9:.2f} GB ({parts})")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lory.adapters.encoders import PromptConfig, find_soft_prompt
-from lory.adapters.prefix import packed_prefix, prefix_arguments
+from lory.adapters.prefix import prefix_arguments
 from lory.adapters.prompt import (
     attach,
     load,
@@ -26,8 +26,7 @@ from lory.adapters.prompt import (
 )
 from lory.adapters.virtual_tokens import Leading, find_leading, virtual_ids
 from lory.data.collate import Batch, collate
-from lory.losses.cross_entropy import LossSum, cross_entropy
-from lory.models.attention import document_arguments, documents_apart, keeps_documents_apart
+from lory.models.attention import documents_apart, keeps_documents_apart
 from lory.runtime import UsageError, read_json
 from lory.training.step import Objective
 from lory.types import IGNORE, Sample
@@ -240,20 +239,6 @@ SAMPLES = [
 ]
 
 
-class Summed(Objective):
-    """The objective with the few lines that a prefix needs."""
-
-    def forward(self, batch: Batch) -> LossSum:
-        body, head = self._parts[0]
-        if batch.attention_mask is None:
-            arguments = document_arguments(batch.seq_lens, batch.input_ids.device) | packed_prefix(self.model)
-        else:
-            arguments = {"attention_mask": batch.attention_mask}
-            arguments |= prefix_arguments(self.model, batch.attention_mask)
-        hidden = body(input_ids=batch.input_ids, use_cache=False, **arguments).last_hidden_state
-        return cross_entropy(hidden.flatten(0, 1), head, batch.targets.flatten(), list(head.linear.parameters()))
-
-
 def batch_of(model: Any, samples: list[Sample], padded: bool) -> Batch:
     return collate([find_leading(model, not padded).prepend(sample) for sample in samples], padded)
 
@@ -270,7 +255,7 @@ def gradients(model: Any, objective: nn.Module, batches: list[Batch]) -> tuple[f
 def test_packed_rows_teach_what_single_and_padded_ones_do(name: str, variant: str, load_random: Load) -> None:
     model = with_prompt(load_random, name, variant)
     assert keeps_documents_apart(model)
-    objective = Summed(model)
+    objective = Objective(model)
     with documents_apart(model):
         packed = gradients(model, objective, [batch_of(model, SAMPLES, padded=False)])
     alone = gradients(model, objective, [batch_of(model, [sample], padded=True) for sample in SAMPLES])
@@ -363,7 +348,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(variant: str, load_r
 @pytest.mark.parametrize("variant", ["mlp", "prefix"])
 def test_checkpointed_layers_give_the_same_gradients(variant: str, load_random: Load) -> None:
     model = with_prompt(load_random, "llama", variant).train()
-    objective = Summed(model)
+    objective = Objective(model)
     batch = [batch_of(model, SAMPLES, padded=False)]
     with documents_apart(model):
         _, expected = gradients(model, objective, batch)
@@ -407,7 +392,7 @@ def test_windows_of_attention_reach_into_the_prefix_as_in_peft(load_random: Load
     found = base.generate(**prompt_inputs(base, IDS), **how)
     chosen = logits(base, found[:, :-1])[:, -8:].argmax(-1)
     assert torch.equal(found[:, 6:], chosen)
-    objective = Summed(base)
+    objective = Objective(base)
     with documents_apart(base):
         loss, _ = gradients(base, objective, [batch_of(base, SAMPLES, padded=False)])
     expected, _ = gradients(base, objective, [batch_of(base, SAMPLES, padded=True)])

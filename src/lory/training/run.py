@@ -250,15 +250,22 @@ def summarise(prepared: Prepared, matches: Sequence[Match], report: Mapping[str,
     learnt = sum(match.parameters for match in matches)
     lines = [f"{prepared.resolved.name}: {learnt:,} trained parameters in {len(matches)} layers ("]
     lines[0] += ", ".join(f"{name} x {count}" for name, count in names.items()) + ")"
-    for source in report["sources"]:
-        samples = source["samples"]
-        lines.append(
-            f"  {source['name']}: {source['read']:,} read, {samples['train']:,} to train on, {samples['eval']:,} to "
-            f"evaluate on, {source['tokens']:,} tokens, {source['supervised_tokens']:,} learnt"
-        )
-        lines += [f"    dropped {count:,}: {reason}" for reason, count in source["dropped"].items()]
-        lines += [f"    note: {note}" for note in source["notes"]]
+    lines += [f"  {line}" for line in describe_sources(report)]
     packed = report["packing_efficiency"]
     full = f", {packed:.1%} full" if packed is not None else ""
     lines.append(f"  {report['rows']:,} rows{full}, {report['steps']:,} optimizer steps")
     return "\n".join(lines)
+
+
+def describe_sources(report: Mapping[str, Any]) -> list[str]:
+    """What became of each source, line by line."""
+    lines = []
+    for source in report["sources"]:
+        samples = source["samples"]
+        lines.append(
+            f"{source['name']}: {source['read']:,} read, {samples['train']:,} to train on, {samples['eval']:,} to "
+            f"evaluate on, {source['tokens']:,} tokens, {source['supervised_tokens']:,} learnt"
+        )
+        lines += [f"  dropped {count:,}: {reason}" for reason, count in source["dropped"].items()]
+        lines += [f"  note: {note}" for note in source["notes"]]
+    return lines
