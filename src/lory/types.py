@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = get_args(Role)
+
+MediaKind = Literal["image", "audio", "video"]
+MEDIA_KINDS: tuple[str, ...] = get_args(MediaKind)
+_MARKS = re.compile(r"<(image|audio|video)>")
 
 IGNORE = -100
 """The label of a token that is not learnt, as torch's cross-entropy has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """An image, a sound or a video inside a message."""
+
+    kind: MediaKind
+    source: str | bytes
+    """A path, a URL, a data URL, or the file's bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that the assistant asks to be called."""
+
+    name: str
+    arguments: str
+    """A JSON object."""
+    id: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """OpenAI's form, but with the arguments as an object, which is what chat templates write out."""
+        call: dict[str, Any] = {"name": self.name, "arguments": json.loads(self.arguments)}
+        return {"type": "function", "function": call} | ({"id": self.id} if self.id else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +48,39 @@ class Message:
 
     role: Role
     content: str
+    """The text; where the message has `media`, the marks ``<image>``, ``<audio>`` and ``<video>`` say where each goes,
+    in order, and there are as many marks as media."""
+    media: tuple[Media, ...] = ()
+    reasoning: str = ""
+    """What the assistant thought before it answered."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str = ""
+    """The tool's name, in a message of the role `tool`."""
+    tool_call_id: str = ""
+    weight: float | None = None
+    """How much the message's tokens count in the loss; None: as `data.loss_on` says."""
 
-    def to_dict(self) -> dict[str, str]:
-        """The form that chat templates and OpenAI's API take."""
-        return {"role": self.role, "content": self.content}
+    def to_dict(self) -> dict[str, Any]:
+        """The form that chat templates and OpenAI's API take; what a message does not have is left out."""
+        message: dict[str, Any] = {"role": self.role, "content": self.parts() if self.media else self.content}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [call.to_dict() for call in self.tool_calls]
+        optional = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return message | {key: value for key, value in optional.items() if value}
+
+    def parts(self) -> list[dict[str, Any]]:
+        """The content as a list of texts and media in their order, each ``{"type": kind, kind: value}``."""
+        rest = iter(self.media)
+        parts: list[dict[str, Any]] = []
+        for number, piece in enumerate(_MARKS.split(self.content)):
+            if number % 2:
+                media = next(rest)
+                parts.append({"type": media.kind, media.kind: media.source})
+            elif piece:
+                parts.append({"type": "text", "text": piece})
+        return parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +89,12 @@ class Conversation:
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
+    tools: str = ""
+    """The functions that the assistant may call: a JSON array of JSON schemas, as OpenAI's API has it."""
+    rejected: tuple[Message, ...] = ()
+    """In a preference pair, what was worse in place of the last message."""
+    label: str | None = None
+    """The class of `text`, in data for classification."""
     where: str = field(default="", compare=False)
     """File and line (or row) it was read from, for error messages."""
 
@@ -45,6 +110,8 @@ class Sample:
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
+    weights: tuple[float, ...] | None = None
+    """How much each label counts in the loss (same length); None: 1 each."""
 
     @property
     def supervised(self) -> int:
