@@ -1,15 +1,17 @@
 """One adapted linear layer's forward and backward: loralib, PEFT and lory in one run.
 
-    python -m benchmarks.lora_layer [--rounds 7] [--device cpu] [--json]
+    python -m benchmarks.lora_layer [--rounds 7] [--device cpu] [--products chosen] [--json]
 
 The libraries take turns within each round, in an order that turns too, so that a slow moment of the machine hits all
-alike; what counts are the ratios within a round. Memory is what autograd keeps between forward and backward, the
-layer's own parameters aside.
+alike; what counts are the ratios within a round. Two kinds of memory: what autograd keeps between forward and backward,
+the layer's own parameters aside, and the most that a forward and backward hold at once, input and parameters aside.
+`--products chosen` has all libraries multiply fp32 as `lory train` does (`lory.models.matmul`), `default` as torch.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import lory.lora as lora
+from lory.models.matmul import choose_fp32_matmul
 
 LIBRARIES = ("loralib", "peft", "lory")
 RANK, ALPHA = 16, 32
@@ -95,6 +98,22 @@ def count_saved_bytes(layer: nn.Module, x: Tensor) -> int:
     return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
 
 
+def count_peak_bytes(step: Callable[[], None], device: str) -> int:
+    """The most bytes that a step holds beyond what was there before it."""
+    step()
+    if device != "cpu":
+        torch.accelerator.synchronize()
+        torch.accelerator.reset_peak_memory_stats()
+        before = torch.accelerator.memory_allocated()
+        step()
+        return torch.accelerator.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes))
+
+
 def time_steps(step: Callable[[], None], steps: int, device: str) -> float:
     """Seconds a step: the median, since another process may take the core in the middle of one."""
     times = []
@@ -124,12 +143,15 @@ def run_case(case: Case, rounds: int, device: str) -> dict[str, Any]:
             library = LIBRARIES[(turn + place) % len(LIBRARIES)]
             times[library].append(time_steps(steps[library], count, device))
     saved = {library: count_saved_bytes(layer, x) for library, layer in layers.items()}
+    peak = {library: count_peak_bytes(step, device) for library, step in steps.items()}
     return {
         **asdict(case),
         "milliseconds": {library: 1e3 * statistics.median(values) for library, values in times.items()},
         "saved_bytes": saved,
+        "peak_bytes": peak,
         "time_ratio": {other: summarize(times["lory"], times[other]) for other in ("loralib", "peft")},
-        "memory_ratio": {other: saved["lory"] / saved[other] for other in ("loralib", "peft")},
+        "saved_ratio": {other: saved["lory"] / saved[other] for other in ("loralib", "peft")},
+        "peak_ratio": {other: peak["lory"] / peak[other] for other in ("loralib", "peft")},
     }
 
 
@@ -143,7 +165,10 @@ def print_row(case: Case, result: dict[str, Any]) -> None:
     """A line of the table."""
     times = "  ".join(f"{result['milliseconds'][library]:8.2f}" for library in LIBRARIES)
     ratios = "  ".join(f"{r['median']:5.2f} ({r['min']:.2f}-{r['max']:.2f})" for r in result["time_ratio"].values())
-    memory = "  ".join(f"{result['saved_bytes'][library] / 1e6:6.2f}" for library in LIBRARIES)
+    memory = "   ".join(
+        "  ".join(f"{result[kind][library] / 1e6:6.2f}" for library in LIBRARIES)
+        for kind in ("saved_bytes", "peak_bytes")
+    )
     print(f"{case!s:<42} {times}   {ratios}   {memory}")
 
 
@@ -152,11 +177,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--products", choices=("chosen", "default"), default="chosen")
     parser.add_argument("--only", default="", help="run cases whose name contains this text")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if arguments.products == "chosen":
+        choose_fp32_matmul(torch.device(arguments.device))
     if not arguments.json:
-        print(f"{'rank ' + str(RANK):<42} {'milliseconds a step':^28}   {'lory / loralib, lory / peft':^36}   MB kept")
+        columns = (
+            f"{'milliseconds a step':^28}   {'lory / loralib, lory / peft':^36}   {'MB kept':^22}   MB at the most"
+        )
+        print(f"{'rank ' + str(RANK):<42} {columns}")
         print(f"{'':<42} {'  '.join(f'{library:>8}' for library in LIBRARIES)}")
     results = []
     for case in CASES:
@@ -167,7 +198,8 @@ def main() -> None:
     if arguments.json:
         versions = {"torch": torch.__version__, "peft": peft.__version__}
         threads = torch.get_num_threads()
-        print(json.dumps({"rank": RANK, "device": arguments.device, "threads": threads, **versions, "cases": results}))
+        setting = {"rank": RANK, "device": arguments.device, "threads": threads, "products": arguments.products}
+        print(json.dumps({**setting, **versions, "cases": results}))
 
 
 if __name__ == "__main__":

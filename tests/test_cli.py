@@ -76,7 +76,7 @@ def lory_process(*arguments: object, stdin: str = "") -> Result:
 
 def list_commands() -> list[tuple[str, ...]]:
     """Every command and group, the program itself included."""
-    group: Any = typer.main.get_command(cli.app)
+    group: Any = typer.main.get_command(cli.build_app())
     commands: list[tuple[str, ...]] = [()]
     for name, command in group.commands.items():
         commands += [(name,), *((name, below) for below in getattr(command, "commands", {}))]

@@ -341,3 +341,35 @@ def test_a_tensor_that_is_not_stored_is_for_loading_to_refuse(random_model: Call
         export._answer_streamed(pair.base_path, None, prompts)
     with pytest.raises(UsageError, match=r"lacks 1 of the model's weights, model\.norm\.weight among them"):
         export._answer(pair, None, prompts)
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_the_base_is_run_only_where_it_is_trusted(
+    tiny_model: Path, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    base, adapter = shutil.copytree(tiny_model, tmp_path / "base"), shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    (base / "own_code.py").write_text(OWN_CODE)
+    classes = {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnForCausalLM"}
+    for path, changes in (
+        (base / "config.json", {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": classes}),
+        (adapter / "adapter_config.json", {"base_model_name_or_path": str(base)}),
+    ):
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UsageError, match=r"comes with Python code, .* --trust-remote-code"):
+        export.merge(adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "modules").exists()
+    merged = export.merge(adapter, tmp_path / "out", trust_remote_code=True)
+    assert merged.difference < 1e-5
+    assert (tmp_path / "out" / "own_code.py").exists()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,11 @@ from lory.generate import (
     decode_pieces,
     decode_text,
     default_options,
+    generate_batch,
     generate_ids,
     generation_arguments,
+    stream_ids,
+    stream_steps,
     stream_text,
 )
 from lory.runtime import LoryError, UsageError
@@ -128,6 +129,7 @@ def test_greedy_ids_are_those_of_transformers(llama: Any) -> None:
         {"do_sample": True, "temperature": 0.7, "top_k": 7},
         {"do_sample": True, "temperature": 1.3, "top_k": 0, "top_p": 0.8},
         {"do_sample": True, "top_k": 0, "min_p": 0.05},
+        {"do_sample": True, "top_k": 0, "typical_p": 0.5},
     ],
 )
 def test_each_option_means_what_it_means_to_transformers(llama: Any, options: dict[str, Any]) -> None:
@@ -210,34 +212,36 @@ def test_a_terminator_that_is_ordinary_text_is_not_streamed(llama: Any, tokenize
     assert "".join(stream_text(llama, tokenizer, PROMPT, options, (terminator,))) == expected
 
 
-def list_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "lory-generate"]
+def count_passes(model: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """A function that tells how often the model has run since."""
+    passes, forward = 0, model.forward
 
-
-def test_closing_a_stream_ends_its_thread_within_a_token(
-    llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    passes, forward = 0, llama.forward
-
-    def slow_forward(*arguments: Any, **keywords: Any) -> Any:
+    def counting(*arguments: Any, **keywords: Any) -> Any:
         nonlocal passes
         passes += 1
-        time.sleep(0.01)
         return forward(*arguments, **keywords)
 
-    monkeypatch.setattr(llama, "forward", slow_forward)
+    monkeypatch.setattr(model, "forward", counting)
+    return lambda: passes
+
+
+def test_a_closed_stream_runs_no_further(llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = count_passes(llama, monkeypatch)
     stream = stream_text(llama, tokenizer, PROMPT, GenerationOptions(max_new_tokens=50, no_repeat_ngram_size=1), (131,))
+    assert passes() == 0
     assert next(stream)
-    assert len(list_threads()) == 1
-    at_close = passes
+    at_close = passes()
     stream.close()
-    assert list_threads() == []
-    assert passes <= at_close + 2 < 50
+    assert passes() == at_close < 50
+    assert list(stream) == []
 
 
-def test_a_stream_read_to_its_end_leaves_no_thread(llama: Any, tokenizer: Any) -> None:
-    list(stream_text(llama, tokenizer, PROMPT, GenerationOptions(max_new_tokens=3), (131,)))
-    assert list_threads() == []
+def test_streams_read_in_turn_draw_what_each_draws_alone(llama: Any, tokenizer: Any) -> None:
+    options = [GenerationOptions(max_new_tokens=20, do_sample=True, top_k=0, seed=seed) for seed in (1, 2)]
+    alone = [generate_ids(llama, PROMPT, option, (131,)) for option in options]
+    assert alone[0] != alone[1]
+    streams = [stream_ids(llama, PROMPT, option, (131,)) for option in options]
+    assert [list(tokens) for tokens in zip(*zip(*streams, strict=True), strict=True)] == alone
 
 
 def test_a_failure_comes_after_what_was_said_and_does_not_hang(
@@ -261,10 +265,44 @@ def test_a_failure_comes_after_what_was_said_and_does_not_hang(
             said += piece
     assert said == decode_text(tokenizer, ids[:6]) != ""
     assert isinstance(raised.value.__cause__, MemoryError)
-    assert list_threads() == []
 
 
-def test_a_refused_prompt_starts_no_thread(llama: Any, tokenizer: Any) -> None:
-    with pytest.raises(UsageError):
+def test_a_refused_prompt_is_the_users_error(llama: Any, tokenizer: Any) -> None:
+    with pytest.raises(UsageError, match="context ends at 64"):
         next(stream_text(llama, tokenizer, [9] * 64, GenerationOptions(), TERMINATORS))
-    assert list_threads() == []
+
+
+# Batches
+
+
+def test_each_prompt_of_a_batch_gets_what_it_gets_alone(llama: Any) -> None:
+    prompts = [[5], PROMPT, [1, 3, 9, 27, 81, 12, 36, 108]]
+    options = GenerationOptions(max_new_tokens=19, no_repeat_ngram_size=2)
+    alone = [generate_ids(llama, prompt, options, (131,)) for prompt in prompts]
+    assert generate_batch(llama, prompts, options, (131,)) == alone
+    # of which the shorter end where they end alone
+    end = next(token for token in alone[1][3:] if token not in alone[1][:3])
+    alone = [generate_ids(llama, prompt, options, (end,)) for prompt in prompts]
+    assert generate_batch(llama, prompts, options, (end,)) == alone
+    assert len({len(ids) for ids in alone}) > 1
+
+
+@pytest.mark.parametrize("prompts", [[], [[]], [[1, 2], []]])
+def test_an_empty_prompt_is_refused(llama: Any, prompts: list[list[int]]) -> None:
+    with pytest.raises(UsageError, match="An empty prompt was given"):
+        generate_batch(llama, prompts, GenerationOptions(), TERMINATORS)
+
+
+def test_steps_come_with_logprobs_and_a_watcher_where_asked(llama: Any) -> None:
+    seen: list[int] = []
+
+    def watch(ids: torch.Tensor, scores: torch.Tensor) -> None:
+        seen.append(ids.shape[1])
+
+    options = GenerationOptions(max_new_tokens=3)
+    steps = list(stream_steps(llama, [PROMPT], options, (131,), watch=watch, logprobs=2))
+    assert [step.tokens[0] for step in steps] == generate_ids(llama, PROMPT, options, (131,))
+    assert [step.top_tokens[0, 0].item() for step in steps if step.top_tokens is not None] == [
+        step.tokens[0] for step in steps
+    ]
+    assert seen == [5, 6, 7]

@@ -52,6 +52,7 @@ def merge(
     max_shard_bytes: int = 5_000_000_000,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> Merged:
     """Merge the adapter that MODEL carries into its base and write the result to `out`.
 
@@ -61,6 +62,7 @@ def merge(
         dtype: of the merged weights; by default each tensor keeps its own.
         device: where the products are computed, such as `cpu` or `cuda`.
         progress: called with (done, total) tensors.
+        trust_remote_code: let the comparison run Python code that comes with the base model.
 
     Raises:
         UsageError: MODEL carries no adapter, or `out` exists.
@@ -73,15 +75,29 @@ def merge(
         raise UsageError(f"{out} exists already; choose another folder, or delete it first.")
     check_mergeable(resolved.adapter)
     check_device(device)
+    _check_code(resolved.base_path, trust_remote_code)
     with contextlib.ExitStack() as stack:
         aside = stack.enter_context(write_aside(out))
         report = merge_shards(resolved.base_path, resolved.adapter, aside, dtype, max_shard_bytes, device, progress)
         log.info("Comparing the merged model with base and adapter ...")
-        difference = compare(resolved, resolved.adapter, aside)
+        difference = compare(resolved, resolved.adapter, aside, trust_remote_code)
     return Merged(out, report, difference)
 
 
-def compare(resolved: Resolved, adapter: Path, merged: Path) -> float:
+def _check_code(base: Path, trust_remote_code: bool) -> None:
+    """Refuse a model whose code may not be run, before the merge rather than at its check."""
+    try:
+        load_config(base, trust_remote_code)
+    except UsageError as error:
+        if trust_remote_code or "auto_map" not in read_json(base / "config.json"):
+            raise
+        raise UsageError(
+            f"{base} comes with Python code, which checking the merged model would run; read it, and give "
+            "--trust-remote-code if you trust it."
+        ) from error
+
+
+def compare(resolved: Resolved, adapter: Path, merged: Path, trust_remote_code: bool = False) -> float:
     """The largest difference of logits between base plus adapter and the merged model, relative to the largest logit.
 
     All is computed in the precision that `auto` gives: fp32 on a CPU, whatever is stored. Neither model is loaded as a
@@ -91,9 +107,9 @@ def compare(resolved: Resolved, adapter: Path, merged: Path) -> float:
         LoryError: it is larger than rounding explains, or rounding has swallowed what the adapter does.
     """
     device = default_device()
-    prompts = _random_prompts(resolved, device)
-    base, expected = _answer(resolved, adapter, prompts)
-    (found,) = _answer(Resolved(str(merged), str(merged), merged, None), None, prompts)
+    prompts = _random_prompts(resolved, device, trust_remote_code)
+    base, expected = _answer(resolved, adapter, prompts, trust_remote_code)
+    (found,) = _answer(Resolved(str(merged), str(merged), merged, None), None, prompts, trust_remote_code)
     difference, effect = _distance(found, expected), _distance(base, expected)
     # what is computed with and what is stored both round; the coarser one decides
     limit = max(_TOLERANCES[choose_dtype("auto", device)], _TOLERANCES[_stored_dtype(merged)])
@@ -128,19 +144,23 @@ def _stored_dtype(folder: Path) -> torch.dtype:
     return max((dtype for dtype in found if dtype), key=lambda dtype: _TOLERANCES[dtype])
 
 
-def _random_prompts(resolved: Resolved, device: torch.device) -> list[torch.Tensor]:
-    vocabulary = load_config(resolved.base_path).get_text_config().vocab_size
+def _random_prompts(resolved: Resolved, device: torch.device, trust_remote_code: bool = False) -> list[torch.Tensor]:
+    vocabulary = load_config(resolved.base_path, trust_remote_code).get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(vocabulary, (1, length), generator=generator).to(device) for length in (1, 7, 32)]
 
 
-def _answer(resolved: Resolved, adapter: Path | None, prompts: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+def _answer(
+    resolved: Resolved, adapter: Path | None, prompts: list[torch.Tensor], trust_remote_code: bool = False
+) -> list[list[torch.Tensor]]:
     """Logits of the base model and, where an adapter is given, of the model with it."""
     try:
+        if trust_remote_code and "auto_map" in read_json(resolved.base_path / "config.json"):
+            raise NotStreamable("it is run by code of its own")
         return _answer_streamed(resolved.base_path, adapter, prompts)
     except NotStreamable as reason:
         log.info("%s is loaded into memory as a whole, since %s.", resolved.base_path, reason)
-    model = load_model(resolved, "auto", prompts[0].device)
+    model = load_model(resolved, "auto", prompts[0].device, trust_remote_code)
     answers = [_logits(model, prompts)]
     if adapter is not None:
         load_adapter(model, adapter)

@@ -1,9 +1,7 @@
-"""Token ids in, text out: decoding options and a stream that can be stopped at any token."""
+"""Token ids in, text out: decoding options, streams that can be dropped at any token, and batches of prompts."""
 
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,6 +15,8 @@ from lory.runtime import LoryError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lory.decoding.loop import Step, Watcher
+
 
 class GenerationOptions(Section):
     """How an answer is decoded; the names are transformers' own."""
@@ -28,6 +28,9 @@ class GenerationOptions(Section):
     top_p: float = Field(1.0, gt=0, le=1, description="Draw from the likeliest tokens that add up to this probability.")
     min_p: float = Field(
         0.0, ge=0, le=1, description="Draw from tokens at least this likely, relative to the likeliest."
+    )
+    typical_p: float = Field(
+        1.0, gt=0, le=1, description="Draw from the most typical tokens that add up to this probability (Meister's)."
     )
     repetition_penalty: float = Field(
         1.0, gt=0, description="Above 1 makes tokens that were seen less likely (CTRL's)."
@@ -67,7 +70,7 @@ def generation_arguments(
         "num_beams": 1,
     }
     # given without do_sample, these only bring warnings
-    drawing = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    drawing = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p", "typical_p")}
     return arguments | (drawing if options.do_sample else dict.fromkeys(drawing))
 
 
@@ -92,6 +95,55 @@ def decode_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> 
         yield rest
 
 
+def stream_steps(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
+    terminators: Sequence[int],
+    watch: Watcher | None = None,
+    logprobs: int | None = None,
+) -> Iterator[Step]:
+    """Continue each of `prompts` (B of them, of any lengths), one token of each at a step, terminators included.
+
+    Nothing runs but when a step is asked for, so dropping the iterator stops at once.
+
+    Args:
+        watch: sees each step before its token is chosen, and may stop a row, change the scores or go back.
+        logprobs: give the new tokens' log-probabilities, and those of so many likeliest tokens.
+
+    Raises:
+        UsageError: a prompt is empty, or leaves no room in the model's context.
+    """
+    from lory.decoding.loop import decode_steps
+    from lory.models.lean import find_decoder
+
+    if not prompts or not all(prompts):
+        raise UsageError("An empty prompt was given; there is nothing to continue.")
+    length = max(len(prompt) for prompt in prompts)
+    arguments = generation_arguments(model, length + virtual_length(model), options, terminators)
+    # on the left, so that the answers begin side by side; which id is under the mask does not matter
+    rows = [[terminators[0]] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    input_ids, attention_mask = (torch.tensor(values, device=model.device) for values in (rows, mask))
+    generator = None
+    if options.seed is not None:
+        # one of its own: other streams draw from others, and the global one stays as it is
+        generator = torch.Generator(model.device).manual_seed(options.seed)
+    with torch.inference_mode():
+        inputs = prompt_inputs(model, input_ids, attention_mask)
+    return decode_steps(model, inputs, arguments, generator, watch, logprobs, find_decoder(model))
+
+
+def stream_ids(
+    model: PreTrainedModel, prompt_ids: Sequence[int], options: GenerationOptions, terminators: Sequence[int]
+) -> Iterator[int]:
+    """Yield the ids of one answer as they are generated, without the prompt and without the terminator."""
+    for step in stream_steps(model, [prompt_ids], options, terminators):
+        token = step.tokens[0]
+        if token is not None and token not in terminators:
+            yield token
+
+
 def stream_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -104,65 +156,38 @@ def stream_text(
     Raises:
         LoryError: the generation failed; the sentence says how.
     """
-    from transformers import StoppingCriteria, StoppingCriteriaList
-    from transformers.generation import BaseStreamer
+    failure: Exception | None = None
 
-    stop = threading.Event()
-    tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-    arguments = generation_arguments(model, len(prompt_ids) + virtual_length(model), options, terminators)
-    input_ids = torch.tensor([list(prompt_ids)], device=model.device)
-    failures: list[Exception] = []
-
-    class Stopped(StoppingCriteria):
-        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-            return torch.full((len(input_ids),), stop.is_set(), dtype=torch.bool, device=input_ids.device)
-
-    class Streamer(BaseStreamer):
-        def put(self, value: torch.Tensor) -> None:
-            # (1,) for an answer's token; the prompt, (1, T), comes first
-            if value.ndim == 1 and int(value) not in terminators:
-                tokens.put(int(value))
-
-        def end(self) -> None:
-            """`run` tells the reader, in whatever way the generation ends."""
-
-    def run() -> None:
+    def tokens() -> Iterator[int]:
+        nonlocal failure
         try:
-            if options.seed is not None:
-                torch.manual_seed(options.seed)
-            with torch.inference_mode():
-                model.generate(
-                    **prompt_inputs(model, input_ids),
-                    streamer=Streamer(),
-                    stopping_criteria=StoppingCriteriaList([Stopped()]),
-                    **arguments,
-                )
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is raised again where the text is read
-            failures.append(error)
-        finally:
-            # also after a failure, else the reader would wait for ever
-            tokens.put(None)
+            yield from stream_ids(model, prompt_ids, options, terminators)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            # raised below, when all that was generated has been said
+            failure = error
 
-    thread = threading.Thread(target=run, name="lory-generate", daemon=True)
-    thread.start()
-    try:
-        yield from decode_pieces(tokenizer, iter(tokens.get, None))
-    finally:
-        stop.set()
-        thread.join()
-    if failures:
-        raise LoryError(f"The answer could not be generated: {str(failures[0]).rstrip('.')}.") from failures[0]
+    yield from decode_pieces(tokenizer, tokens())
+    if failure is not None:
+        raise LoryError(f"The answer could not be generated: {str(failure).rstrip('.')}.") from failure
 
 
 def generate_ids(
     model: PreTrainedModel, prompt_ids: Sequence[int], options: GenerationOptions, terminators: Sequence[int]
 ) -> list[int]:
     """The ids of one answer, without the prompt and without the terminator."""
-    if options.seed is not None:
-        torch.manual_seed(options.seed)
-    input_ids = torch.tensor([list(prompt_ids)], device=model.device)
-    arguments = generation_arguments(model, len(prompt_ids) + virtual_length(model), options, terminators)
-    with torch.inference_mode():
-        output = model.generate(**prompt_inputs(model, input_ids), **arguments)
-    answer: list[int] = output[0, len(prompt_ids) :].tolist()
-    return answer[:-1] if answer and answer[-1] in terminators else answer
+    return list(stream_ids(model, prompt_ids, options, terminators))
+
+
+def generate_batch(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    options: GenerationOptions,
+    terminators: Sequence[int],
+) -> list[list[int]]:
+    """The ids of an answer to each of `prompts`; greedy, each is what it would be alone (up to rounding)."""
+    answers: list[list[int]] = [[] for _ in prompts]
+    for step in stream_steps(model, prompts, options, terminators):
+        for answer, token in zip(answers, step.tokens, strict=True):
+            if token is not None and token not in terminators:
+                answer.append(token)
+    return answers

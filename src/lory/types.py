@@ -89,12 +89,14 @@ class Conversation:
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
+    text_pair: str = ""
+    """The second text, in data for classification of pairs."""
     tools: str = ""
     """The functions that the assistant may call: a JSON array of JSON schemas, as OpenAI's API has it."""
     rejected: tuple[Message, ...] = ()
     """In a preference pair, what was worse in place of the last message."""
     label: str | None = None
-    """The class of `text`, in data for classification."""
+    """The class of `text`, in data for classification; for a chat 'true' or 'false': whether its answer is wanted."""
     where: str = field(default="", compare=False)
     """File and line (or row) it was read from, for error messages."""
 

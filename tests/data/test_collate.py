@@ -42,7 +42,7 @@ def test_with_padding_each_document_has_a_row() -> None:
 def test_counts_and_types_do_not_depend_on_the_layout(padded: bool) -> None:
     batch = collate(SAMPLES, padded)
     assert batch.tokens == sum(len(sample) for sample in SAMPLES) == 10
-    assert batch.supervised == sum(sample.supervised for sample in SAMPLES) == 4
+    assert batch.weight == batch.learnt == sum(sample.supervised for sample in SAMPLES) == 4
     assert batch.input_ids.dtype == batch.targets.dtype == batch.seq_lens.dtype == torch.int64
     assert batch.input_ids.shape == batch.targets.shape
 
@@ -56,8 +56,11 @@ def test_a_padding_token_that_is_also_a_real_one_is_masked_by_length() -> None:
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_batch_moves_whole_but_for_its_lengths(padded: bool) -> None:
-    batch = collate(SAMPLES, padded).to(torch.device("meta"))
-    tensors = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    batch = collate(SAMPLES, padded, counts=[1, 2, 1]).to(torch.device("meta"))
+    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    tensors = {name: value for name, value in values.items() if name != "learnt"}
+    assert batch.learnt == 5
     assert tensors.pop("seq_lens").tolist() == [3, 2, 5]
     assert (tensors["attention_mask"] is not None) == padded
     assert {tensor.device.type for tensor in tensors.values() if tensor is not None} == {"meta"}
+    assert batch.weights is not None

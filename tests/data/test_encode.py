@@ -16,6 +16,7 @@ import lory
 from lory.assistant import Assistant
 from lory.data.encode import Encoder, OnLong
 from lory.data.sources import SourceConfig, read_source
+from lory.data.store import Encoded
 from lory.data.templates import render_prompt, render_turn, tokenize
 from lory.runtime import UsageError
 from lory.types import IGNORE, Conversation, Message, Sample
@@ -84,7 +85,7 @@ def test_training_prompts_are_serving_prompts_and_answers_are_learnt_exactly(
     tokenizer, terminators = chat_tokenizer(name)
     record = conversation(turns, system)
 
-    samples = Encoder(tokenizer, terminators, max_tokens=4096).encode(record)
+    samples = Encoder(tokenizer, terminators, max_tokens=4096).encode(record).samples
 
     found = [(sample, start, end) for sample in samples for start, end in learnt_runs(sample)]
     asked = [turn for turn, message in enumerate(record.messages) if message.role == "assistant"]
@@ -118,12 +119,14 @@ def test_turns_share_a_sample_unless_the_template_rewrites_history(
     name: str, turns: list[tuple[str, str]], expected: int, chat_tokenizer: ChatTokenizer
 ) -> None:
     tokenizer, terminators = chat_tokenizer(name)
-    assert len(Encoder(tokenizer, terminators, 4096).encode(conversation(turns))) == expected
+    assert len(Encoder(tokenizer, terminators, 4096).encode(conversation(turns)).samples) == expected
 
 
 def test_smollm2_learns_this(chat_tokenizer: ChatTokenizer) -> None:
     tokenizer, terminators = chat_tokenizer("smollm2")
-    (sample,) = Encoder(tokenizer, terminators, 512).encode(conversation([("Hi", "Hello!"), ("Bye", "See you.")]))
+    (sample,) = (
+        Encoder(tokenizer, terminators, 512).encode(conversation([("Hi", "Hello!"), ("Bye", "See you.")])).samples
+    )
     assert tokenizer.decode(list(sample.input_ids)) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
@@ -185,11 +188,11 @@ def test_every_format_gives_the_same_tokens(
     turns: list[tuple[str, str]], system: str | None, tmp_path: Path, chat_tokenizer: ChatTokenizer
 ) -> None:
     tokenizer, terminators = chat_tokenizer("smollm2")
-    expected = Encoder(tokenizer, terminators, 512).encode(conversation(turns, system))
+    expected = Encoder(tokenizer, terminators, 512).encode(conversation(turns, system)).samples
     for name, record in records_of(turns, system).items():
         write_records(tmp_path / name, record)
         (read,) = read_source(SourceConfig(path=str(tmp_path / name))).conversations
-        assert Encoder(tokenizer, terminators, 512).encode(read) == expected, name
+        assert Encoder(tokenizer, terminators, 512).encode(read).samples == expected, name
 
 
 # Lengths
@@ -197,9 +200,10 @@ def test_every_format_gives_the_same_tokens(
 
 def encode_at(
     max_tokens: int, on_long: OnLong, turns: list[tuple[str, str]], chat: tuple[Any, tuple[int, ...]], **rules: Any
-) -> tuple[Encoder, list[Sample]]:
+) -> tuple[Encoder, list[Sample], str]:
     encoder = Encoder(*chat, max_tokens, on_long, **rules)
-    return encoder, encoder.encode(conversation(turns, SYSTEM))
+    encoded = encoder.encode(conversation(turns, SYSTEM))
+    return encoder, list(encoded.samples), encoded.dropped
 
 
 @pytest.mark.parametrize("turns", [SINGLE, MULTI], ids=["single", "multi"])
@@ -207,34 +211,34 @@ def test_drop_keeps_a_conversation_whole_or_counts_it(
     turns: list[tuple[str, str]], chat_tokenizer: ChatTokenizer
 ) -> None:
     chat = chat_tokenizer("smollm2")
-    _, whole = encode_at(4096, "drop", turns, chat)
+    _, whole, _ = encode_at(4096, "drop", turns, chat)
     length = len(whole[0])
     for max_tokens in (8, length - 1):
-        encoder, samples = encode_at(max_tokens, "drop", turns, chat)
+        _, samples, dropped = encode_at(max_tokens, "drop", turns, chat)
         assert samples == []
-        assert encoder.dropped == {f"longer than {max_tokens} tokens": 1}
+        assert dropped == f"longer than {max_tokens} tokens"
     for max_tokens in (length, length + 1):
-        encoder, samples = encode_at(max_tokens, "drop", turns, chat)
+        _, samples, dropped = encode_at(max_tokens, "drop", turns, chat)
         assert samples == whole
-        assert not encoder.dropped
+        assert not dropped
 
 
 def test_drop_judges_each_sample_of_a_conversation_that_had_to_be_split(chat_tokenizer: ChatTokenizer) -> None:
     chat = chat_tokenizer("qwen3")
-    _, whole = encode_at(4096, "drop", THINKING, chat)
+    _, whole, _ = encode_at(4096, "drop", THINKING, chat)
     lengths = [len(sample) for sample in whole]
     for max_tokens in range(8, max(lengths) + 2):
-        encoder, samples = encode_at(max_tokens, "drop", THINKING, chat)
+        encoder, samples, dropped = encode_at(max_tokens, "drop", THINKING, chat)
         assert samples == [sample for sample in whole if len(sample) <= max_tokens]
         too_long = sum(length > max_tokens for length in lengths)
         # a conversation of which something is left counts as kept
-        assert sum(encoder.dropped.values()) == (not samples)
+        assert bool(dropped) == (not samples)
         assert sum(encoder.notes.values()) == (too_long if samples else 0)
 
 
 def test_error_names_the_place_and_both_lengths(chat_tokenizer: ChatTokenizer) -> None:
     chat = chat_tokenizer("smollm2")
-    _, whole = encode_at(4096, "error", MULTI, chat)
+    _, whole, _ = encode_at(4096, "error", MULTI, chat)
     length = len(whole[0])
     assert encode_at(length, "error", MULTI, chat)[1] == whole
     for max_tokens in (8, length - 1):
@@ -256,14 +260,14 @@ def test_a_cut_prompt_leaves_every_answer_whole_at_every_length(
 ) -> None:
     chat = tokenizer, terminators = chat_tokenizer("smollm2")
     record = conversation(turns, SYSTEM)
-    _, whole = encode_at(4096, "drop", turns, chat)
+    _, whole, _ = encode_at(4096, "drop", turns, chat)
     rendered = [
         render_turn(tokenizer, record.messages[: turn + 1], terminators)
         for turn, message in enumerate(record.messages)
         if message.role == "assistant"
     ]
     for max_tokens in range(8, len(whole[0]) + 2):
-        encoder, samples = encode_at(max_tokens, "cut_prompt", turns, chat)
+        encoder, samples, dropped = encode_at(max_tokens, "cut_prompt", turns, chat)
         learnt = [s.input_ids[start:end] for s in samples for start, end in learnt_runs(s)]
         # in their order, whole, each at most once
         answers = iter(tuple(answer) for _, answer in rendered)
@@ -271,7 +275,7 @@ def test_a_cut_prompt_leaves_every_answer_whole_at_every_length(
         assert all(len(sample) <= max_tokens for sample in samples)
         lost = sum(count for what, count in encoder.notes.items() if what.startswith("parts"))
         assert len(learnt) + (lost if samples else len(turns)) == len(turns)
-        assert sum(encoder.dropped.values()) == (not samples)
+        assert bool(dropped) == (not samples)
         too_long = sum(len(prompt) + len(answer) > max_tokens for prompt, answer in rendered)
         assert encoder.notes["prompts cut"] == too_long - (len(turns) - len(learnt))
     assert samples == whole
@@ -288,7 +292,7 @@ def test_a_cut_prompt_drops_the_oldest_exchanges_and_keeps_the_system_prompt(cha
         (len(without_first) + len(answer) - 1, without_two),
         (len(without_two) + len(answer), without_two),
     ):
-        _, samples = encode_at(max_tokens, "cut_prompt", MULTI, chat, loss_on="last")
+        _, samples, _ = encode_at(max_tokens, "cut_prompt", MULTI, chat, loss_on="last")
         assert samples[-1].input_ids == (*prompt, *answer)
 
 
@@ -304,9 +308,9 @@ def test_a_question_is_cut_at_its_end_and_no_more_than_needed(chat_tokenizer: Ch
             turns[0][0], kept
         )
     # what is left of a prompt without a word of its question is no prompt
-    encoder, samples = encode_at(len(whole) - 10, "cut_prompt", turns, chat)
+    encoder, samples, dropped = encode_at(len(whole) - 10, "cut_prompt", turns, chat)
     assert samples == []
-    assert encoder.dropped == {f"an answer leaves no room for its prompt in {len(whole) - 10} tokens": 1}
+    assert dropped == f"an answer leaves no room for its prompt in {len(whole) - 10} tokens"
     assert not encoder.notes
 
 
@@ -327,19 +331,19 @@ def test_a_question_is_not_cut_inside_a_character(chat_tokenizer: ChatTokenizer)
 def test_loss_on_last_learns_the_last_answer_alone(chat_tokenizer: ChatTokenizer) -> None:
     for name in ("smollm2", "qwen3", "thinks"):
         chat = tokenizer, terminators = chat_tokenizer(name)
-        encoder, samples = encode_at(4096, "drop", THINKING, chat, loss_on="last")
+        _, samples, dropped = encode_at(4096, "drop", THINKING, chat, loss_on="last")
         assert learnt_texts(samples, tokenizer) == ["Bye<|im_end|>"]
         prompt, answer = render_turn(tokenizer, conversation(THINKING, SYSTEM).messages, terminators)
         assert [list(sample.input_ids) for sample in samples] == [prompt + answer]
-        assert not encoder.dropped
+        assert not dropped
 
 
 def test_an_earlier_answer_that_is_not_learnt_is_not_counted_as_lost(chat_tokenizer: ChatTokenizer) -> None:
     chat = tokenizer, _ = chat_tokenizer("smollm2")
     turns = [("Count", "1 2 3 4 5 6 7 8 9 " * 20), ("Thanks", "Welcome.")]
-    encoder, samples = encode_at(64, "cut_prompt", turns, chat, loss_on="last")
+    encoder, samples, dropped = encode_at(64, "cut_prompt", turns, chat, loss_on="last")
     assert learnt_texts(samples, tokenizer) == ["Welcome.<|im_end|>"]
-    assert (dict(encoder.dropped), dict(encoder.notes)) == ({}, {"prompts cut": 1})
+    assert (dropped, dict(encoder.notes)) == ("", {"prompts cut": 1})
 
 
 def test_loss_on_all_learns_every_token_once(chat_tokenizer: ChatTokenizer) -> None:
@@ -362,7 +366,7 @@ def test_loss_on_all_learns_no_answer_again_where_history_is_rewritten(
     name: str, turns: list[tuple[str, str]], once: list[str], chat_tokenizer: ChatTokenizer
 ) -> None:
     chat = tokenizer, _ = chat_tokenizer(name)
-    _, samples = encode_at(4096, "drop", turns, chat, loss_on="all")
+    _, samples, _ = encode_at(4096, "drop", turns, chat, loss_on="all")
     learnt = "".join(learnt_texts(samples, tokenizer))
     assert len(samples) == 3
     assert [learnt.count(text) for text in [*once, SYSTEM]] == [1, 1, 1, 1]
@@ -370,8 +374,7 @@ def test_loss_on_all_learns_no_answer_again_where_history_is_rewritten(
 
 def test_a_conversation_without_an_answer_is_counted(chat_tokenizer: ChatTokenizer) -> None:
     encoder = Encoder(*chat_tokenizer("smollm2"), 512)
-    assert encoder.encode(Conversation((Message("user", "Hello?"),))) == []
-    assert encoder.dropped == {"nothing to learn": 1}
+    assert encoder.encode(Conversation((Message("user", "Hello?"),))) == Encoded((), "nothing to learn")
 
 
 def test_a_refusal_of_the_template_names_the_record(chat_tokenizer: ChatTokenizer) -> None:
@@ -384,10 +387,10 @@ def test_a_refusal_of_the_template_names_the_record(chat_tokenizer: ChatTokenize
 
 def test_a_text_is_learnt_with_its_end(chat_tokenizer: ChatTokenizer) -> None:
     tokenizer, terminators = chat_tokenizer("smollm2")
-    (sample,) = Encoder(tokenizer, terminators, 64).encode(Conversation(text="Once upon a time \n"))
+    (sample,) = Encoder(tokenizer, terminators, 64).encode(Conversation(text="Once upon a time \n")).samples
     assert sample.input_ids == sample.labels
     assert tokenizer.decode(list(sample.input_ids)) == "Once upon a time \n<|im_end|>"
-    (ended,) = Encoder(tokenizer, terminators, 64).encode(Conversation(text="Once upon a time \n<|im_end|>"))
+    (ended,) = Encoder(tokenizer, terminators, 64).encode(Conversation(text="Once upon a time \n<|im_end|>")).samples
     assert ended == sample
 
 
@@ -398,20 +401,19 @@ def test_windows_learn_every_token_but_the_first_once(chat_tokenizer: ChatTokeni
         ids = (*tokenize(tokenizer, text), terminators[0])
         for max_tokens in (8, 9, 31):
             encoder = Encoder(tokenizer, terminators, max_tokens)
-            samples = encoder.encode(Conversation(text=text))
+            samples = encoder.encode(Conversation(text=text)).samples
             assert sum(([*s.input_ids[1:]] for s in samples), [ids[0]]) == list(ids)
             assert sum(sample.supervised for sample in samples) == len(ids) - 1
             assert all(sample.labels == sample.input_ids for sample in samples)
             assert all(2 <= len(sample) <= max_tokens for sample in samples)
             assert encoder.notes["texts split into windows"] == (len(samples) > 1) == (len(ids) > max_tokens)
-            assert not encoder.dropped
 
 
 def test_a_long_text_is_an_error_where_on_long_is_error(chat_tokenizer: ChatTokenizer) -> None:
     tokenizer, terminators = chat_tokenizer("smollm2")
     record = Conversation(text="one two three four five six seven", where="a.txt line 3")
     length = len(tokenize(tokenizer, "one two three four five six seven")) + 1
-    assert len(Encoder(tokenizer, terminators, length, "error").encode(record)) == 1
+    assert len(Encoder(tokenizer, terminators, length, "error").encode(record).samples) == 1
     with pytest.raises(
         UsageError, match=rf"^a.txt line 3: {length} tokens, more than data.max_tokens \({length - 1}\)"
     ):
@@ -420,5 +422,4 @@ def test_a_long_text_is_an_error_where_on_long_is_error(chat_tokenizer: ChatToke
 
 def test_a_text_of_nothing_but_an_end_is_counted(chat_tokenizer: ChatTokenizer) -> None:
     encoder = Encoder(*chat_tokenizer("smollm2"), 64)
-    assert encoder.encode(Conversation(text="<|im_end|>")) == []
-    assert encoder.dropped == {"nothing to learn": 1}
+    assert encoder.encode(Conversation(text="<|im_end|>")) == Encoded((), "nothing to learn")

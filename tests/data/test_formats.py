@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lory.data.formats import FORMATS, Dropped, convert, recognise
+from lory.data.formats import FORMATS, Dropped, convert, explain, recognise
 from lory.runtime import UsageError
 from lory.types import Conversation, Message
 
@@ -56,6 +56,28 @@ WRITERS = {
     },
     "query_response": lambda turns, system: with_system(
         with_history({"query": turns[-1][0], "response": turns[-1][1]}, turns), system
+    ),
+    "sharegpt, roles as in messages": lambda turns, system: {"conversations": chat(turns, system)},
+    "messages, from and value": lambda turns, system: with_system(
+        {"messages": sharegpt(turns, ("human", "gpt"))}, system
+    ),
+    "messages, in parts": lambda turns, system: {
+        "messages": [
+            message | {"content": [{"type": "text", "text": message["content"]}]} for message in chat(turns, system)
+        ]
+    },
+    "messages, out of a table": lambda turns, system: {
+        "messages": [message | {"name": None, "tool_calls": None, "loss": None} for message in chat(turns, system)],
+        "tools": None,
+        "system": None,
+    },
+    "messages, developer": lambda turns, system: {
+        "messages": [
+            message | {"role": message["role"].replace("system", "developer")} for message in chat(turns, system)
+        ]
+    },
+    "xtuner, human and assistant": lambda turns, system: with_system(
+        {"conversation": [{"human": question, "assistant": answer} for question, answer in turns]}, system
     ),
     "xtuner": lambda turns, system: {
         "conversation": [
@@ -121,6 +143,74 @@ def test_keys_that_fit_no_format_are_listed_with_what_is_missing() -> None:
         recognise(["message"])
     with pytest.raises(UsageError, match="sharegpt has 'conversations'"):
         recognise(["zzz"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "format"),
+    [
+        ("text label", "classification"),
+        ("sentence label idx", "classification"),
+        ("sentence1 sentence2 label", "classification"),
+        ("question sentence label", "classification"),
+        ("messages label", "messages"),
+        ("prompt completion label", "prompt_completion"),
+        ("prompt chosen rejected messages score_chosen", "preference"),
+        ("conversations chosen rejected", "preference"),
+        ("instruction input output chosen rejected", "preference"),
+        ("image text", "image_text"),
+        ("image conversations id", "sharegpt"),
+        ("query response images", "query_response"),
+    ],
+)
+def test_the_richest_format_is_meant(keys: str, format: str) -> None:
+    assert recognise(keys.split()) == format
+
+
+def test_columns_that_a_record_leaves_empty_do_not_count() -> None:
+    assert recognise({"messages": None, "instruction": "a", "output": "b"}) == "alpaca"
+    assert recognise({"instruction": "a", "output": None}) == "alpaca"
+    assert recognise({"text": "a", "label": None}) == "classification"
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ("image text label", "fits image_text and classification; say which"),
+        ("label premise", "classification lacks 'sentence1'+'sentence2' or 'premise'+'hypothesis' or"),
+        ("sentence", "classification lacks 'label'"),
+        ("chosen prompt", "prompt_completion lacks 'completion'; preference lacks 'rejected'"),
+        ("reject chosen", "preference lacks 'rejected' (there is 'reject')"),
+        ("image caption", "image_text lacks 'text'"),
+    ],
+)
+def test_near_misses_of_the_other_formats(keys: str, problem: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        recognise(keys.split())
+    assert problem in str(caught.value)
+
+
+def test_a_line_of_e2e_is_a_prompt_and_a_completion() -> None:
+    record = {"text": "name : Alimentum | family friendly : no||There is Alimentum . "}
+    expected_turns = [("name : Alimentum | family friendly : no", "There is Alimentum .")]
+    assert convert(record, "e2e", WHERE) == expected(expected_turns, None)
+    assert recognise(record) == "text"
+    with pytest.raises(UsageError, match=r"'text' has no '\|\|'"):
+        convert({"text": "name : Alimentum"}, "e2e", WHERE)
+
+
+def test_a_record_is_explained_to_a_person() -> None:
+    record = {"instruction": "Who are you?", "output": "Lory" * 40, "id": 7, "system": "Be brief."}
+    assert explain(record).splitlines() == [
+        "read as alpaca, from 'instruction', 'output', 'system'; not used: 'id'",
+        'system: "Be brief." (9 characters)',
+        'user: "Who are you?" (12 characters)',
+        f'assistant: "{("Lory" * 15)[:59]}…" (160 characters)',
+    ]
+    assert explain({"text": "a", "label": 1}).splitlines()[1:] == ['text: "a" (1 character)', "label: 1"]
+    assert explain({"instruction": "a", "output": ""}) == "read as alpaca, and left out: empty answer"
+    assert explain({"instruction": "a", "output": 3}) == "This record: 'output' is the number 3, but text is expected."
+    assert explain({"text": "a||b"}, "e2e").startswith("read as e2e")
+    assert "fits no format" in explain({"zzz": 1})
 
 
 def test_keys_that_fit_two_formats_are_an_error() -> None:
@@ -220,4 +310,5 @@ def test_placeholders_are_filled_once_and_code_in_double_braces_is_kept() -> Non
 
 
 def test_every_format_is_tested() -> None:
-    assert {writer.partition(",")[0] for writer in WRITERS} | {"text"} == set(FORMATS)
+    elsewhere = {"text", "e2e", "image_text", "preference", "classification"}
+    assert {writer.partition(",")[0] for writer in WRITERS} | elsewhere == set(FORMATS)

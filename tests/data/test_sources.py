@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from lory.config import Section, build
-from lory.data import sources
+from lory.data import locate
+from lory.data.sampling import draw
 from lory.data.sources import SourceConfig, SourceData, read_source
 from lory.runtime import UsageError
 from lory.types import Conversation, Message
@@ -142,7 +143,7 @@ def test_a_sample_is_drawn_by_its_seed() -> None:
 
 def test_every_record_is_equally_likely_to_be_drawn() -> None:
     records = [("", {"n": n}) for n in range(10)]
-    drawn = [record["n"] for seed in range(1000) for _, record in sources._draw(records, 3, seed)]
+    drawn = [record["n"] for seed in range(1000) for _, record in draw(records, 3, seed)]
     assert all(240 < drawn.count(n) < 360 for n in range(10))
 
 
@@ -215,7 +216,7 @@ def test_the_system_prompt_goes_only_where_there_is_none() -> None:
 
 def test_identity_is_generated_even_beside_a_file_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
     made = [exchange("Who are you?", "Lory, by me."), exchange("Hi", "I'm Lory, by me.")]
-    monkeypatch.setattr(sources, "identity_conversations", lambda name, author: made)
+    monkeypatch.setattr(locate, "identity_conversations", lambda name, author: made)
     write("identity", json.dumps(RECORDS))
     source = read("identity", name="Lory", author="me")
     assert (source.name, source.conversations, source.read) == ("identity", made, 2)
@@ -233,7 +234,7 @@ def test_identity_speaks_the_name_and_the_author() -> None:
 def test_general_reads_the_bundled_records(monkeypatch: pytest.MonkeyPatch) -> None:
     records = [{"messages": [m.to_dict() for m in c.messages]} for c in CONVERSATIONS]
     content = dump_lines(records).encode()
-    monkeypatch.setattr(sources, "_read_general", lambda: content)
+    monkeypatch.setattr(locate, "read_general", lambda: content)
     source = read("general", sample=3)
     assert set(source.conversations) == set(CONVERSATIONS)
     assert source.conversations[0].where.startswith("general line ")

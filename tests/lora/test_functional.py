@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,7 +50,9 @@ def test_gradients_are_the_derivatives(shape: tuple[int, ...], bias: bool) -> No
     assert torch.autograd.gradgradcheck(adapted_linear, tuple(inputs.values()))
 
 
-def test_gradients_with_dropout_are_the_derivatives() -> None:
+@pytest.mark.parametrize("block", [4, 10**6])
+def test_gradients_with_dropout_are_the_derivatives(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_BLOCK", block)
     inputs = _make(3, 4)
 
     def run(*arguments: Any) -> Tensor:
@@ -150,6 +153,29 @@ def test_only_the_small_product_and_a_mask_are_kept_for_the_backward() -> None:
     assert _kept_bytes(adapted_linear, inputs, 0.0) == product
     assert _kept_bytes(adapted_linear, inputs, 0.1) == product + mask
     assert _kept_bytes(_plain, inputs, 0.1) > 5 * (product + mask)
+
+
+class _LargestWide(TorchDispatchMode):
+    """Elements of the largest fp32 tensor that an operation makes while the block runs."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        result = operation(*arguments, **(named or {}))
+        if isinstance(result, Tensor) and result.dtype == torch.float32:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_narrow_base_is_never_copied_as_a_whole(dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = _make(64, 16, out=16, rank=2, dtype=torch.float32)
+    for key in ("x", "weight", "bias"):
+        inputs[key] = inputs[key].detach().bfloat16().requires_grad_(key == "x")
+    monkeypatch.setattr(functional, "_BLOCK", 8 * 16 // torch.get_num_threads())
+    with _LargestWide() as seen:
+        adapted_linear(*inputs.values(), dropout).sum().backward()
+    assert seen.elements == 8 * 16
 
 
 def test_no_gradient_is_computed_for_a_frozen_weight() -> None:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from lory.metrics.repetition import diversity, rep_l, repetition_scores, seq_rep_n, unique_tokens
+from lory.metrics.repetition import (
+    distinct_n,
+    diversity,
+    rep_l,
+    repetition_scores,
+    seq_rep_n,
+    token_entropy,
+    unique_tokens,
+)
 from lory.runtime import UsageError
 
 # 1-grams 1 2 3 1 2 3 1: 3 of 7 are unique; 2-grams 12 23 31 12 23 31: 3 of 6;
@@ -82,3 +92,32 @@ def test_a_tensor_scores_like_the_list_of_its_values() -> None:
 def test_a_length_below_one_is_refused(measure, letter: str) -> None:
     with pytest.raises(UsageError, match=f"{letter} = 0 was given"):
         measure([1, 2], 0)
+
+
+def test_a_string_counts_by_words_and_chinese_by_characters() -> None:
+    assert seq_rep_n("The cat, the CAT.", 2) == pytest.approx(1 - 2 / 3)
+    assert seq_rep_n("你好，你好。", 2) == pytest.approx(1 - 2 / 3)
+    assert unique_tokens("one two  two") == 2
+    assert rep_l("one two two", 1) == pytest.approx(1 / 3)
+    assert repetition_scores("a b c a b c a") == repetition_scores(LOOP)
+
+
+def test_distinct_n_divides_different_ngrams_by_the_tokens_of_all_answers() -> None:
+    # 2-grams: ab bc, ab; two are different; five tokens
+    assert distinct_n(["a b c", "a b"], 2) == pytest.approx(2 / 5)
+    assert distinct_n([[1, 2, 3], torch.tensor([1, 2])], 1) == pytest.approx(3 / 5)
+    assert distinct_n(["", []], 2) == 0.0
+
+
+def test_token_entropy_is_log_of_the_number_of_equally_frequent_ngrams() -> None:
+    assert token_entropy([[1, 2], [3, 4]]) == pytest.approx(math.log(4))
+    assert token_entropy([[1, 1, 2]]) == pytest.approx(-(2 / 3) * math.log(2 / 3) - (1 / 3) * math.log(1 / 3))
+    assert token_entropy([[1, 2, 3]], n=2) == pytest.approx(math.log(2))
+    assert token_entropy([[5, 5, 5]]) == 0.0
+    assert token_entropy([]) == 0.0
+
+
+@pytest.mark.parametrize("measure", [distinct_n, token_entropy])
+def test_ngrams_of_no_tokens_are_refused(measure) -> None:
+    with pytest.raises(UsageError, match="n = 0 was given"):
+        measure([[1, 2]], 0)

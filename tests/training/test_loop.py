@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,77 +18,9 @@ import torch
 from lory.models.resolve import list_checkpoints
 from lory.runtime import LoryError
 from lory.training import loop
-from lory.training.loop import Interrupted, Loop, Plan, catch_signals, count_steps, make_batches, plan_rows
+from lory.training.loop import Interrupted, Loop, catch_signals
 from lory.training.optim import TrainConfig, build_optimizer, build_schedule
 from lory.training.run import train
-from lory.types import IGNORE, Sample
-
-
-def make_plan(rows: int, batch_size: int = 3, accumulate: int = 2, processes: int = 1, seed: int = 0) -> Plan:
-    """A plan in which row n holds the samples 2 n and 2 n + 1."""
-    return Plan([[2 * n, 2 * n + 1] for n in range(rows)], batch_size, accumulate, processes, seed)
-
-
-@pytest.mark.parametrize("rows", [1, 5, 6, 17, 24])
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_an_epoch_takes_every_sample_once_over_all_ranks(rows: int, processes: int) -> None:
-    plan = make_plan(rows, processes=processes)
-    taken: Counter[int] = Counter()
-    for step in range(plan.steps_per_epoch):
-        shares = [plan.micro_batches(0, step, rank) for rank in range(processes)]
-        assert len({len(share) for share in shares}) == 1, "ranks would wait for each other"
-        assert all(len(share) <= plan.accumulate for share in shares)
-        taken.update(index for share in shares for batch in share for index in batch)
-    assert taken == Counter(range(2 * rows))
-    assert plan.steps_per_epoch == math.ceil(rows / (6 * processes))
-
-
-def test_the_same_rows_make_a_step_however_they_are_spread() -> None:
-    def step_rows(plan: Plan, processes: int) -> list[int]:
-        batches = [batch for rank in range(processes) for batch in plan.micro_batches(1, 0, rank)]
-        return sorted(index for batch in batches for index in batch)
-
-    one = make_plan(24, batch_size=12, accumulate=1)
-    assert step_rows(make_plan(24, 1, 12), 1) == step_rows(one, 1)
-    assert step_rows(make_plan(24, 3, 2, processes=2), 2) == step_rows(one, 1)
-
-
-def test_the_order_depends_on_seed_and_epoch_alone() -> None:
-    plan = make_plan(24)
-    torch.manual_seed(1)
-    first = plan.order(0)
-    torch.manual_seed(2)
-    assert plan.order(0) == first
-    assert plan.order(1) != first
-    assert make_plan(24, seed=1).order(0) != first
-    assert sorted(first) == list(range(24))
-
-
-SAMPLES = [
-    Sample((1, 2, 3), (IGNORE, 2, 3)),
-    Sample((1, 2), (1, IGNORE)),  # learns only what nothing stands before
-    Sample((4, 5, 6, 7), (IGNORE, 5, 6, 7)),
-    Sample((8, 9), (IGNORE, 9)),
-]
-
-
-def test_samples_with_nothing_to_learn_get_no_row() -> None:
-    assert plan_rows(SAMPLES, packing=False, max_tokens=8) == [[0], [2], [3]]
-    packed = plan_rows(SAMPLES, packing=True, max_tokens=7)
-    assert sorted(index for row in packed for index in row) == [0, 2, 3]
-    assert all(sum(len(SAMPLES[index]) for index in row) <= 7 for row in packed)
-    assert len(packed) == 2
-
-
-def test_an_empty_micro_batch_learns_nothing() -> None:
-    full, empty = make_batches(SAMPLES, [[0, 2], []], padded=False, pad_id=0)
-    assert (full.supervised, empty.supervised) == (5, 0)
-    assert empty.input_ids.shape == (1, 2)
-
-
-@pytest.mark.parametrize(("epochs", "max_steps", "expected"), [(2, None, 10), (2, 7, 7), (2, 99, 10)])
-def test_steps_of_a_run(epochs: int, max_steps: int | None, expected: int) -> None:
-    assert count_steps(TrainConfig(epochs=epochs, max_steps=max_steps), make_plan(25)) == expected
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
@@ -209,7 +140,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_keeps_the_last_checkpoint
 def set_eval_losses(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
     """Let the evaluations, that of step 0 first, give these losses."""
     given = iter(losses)
-    monkeypatch.setattr(Loop, "_evaluate_samples", lambda self, samples: torch.tensor([next(given), 0.0, 1.0]))
+    monkeypatch.setattr(loop, "evaluate_loss", lambda *_: torch.tensor([next(given), 0.0, 1.0]))
 
 
 def test_it_stops_when_so_many_evaluations_brought_no_lower_loss(

@@ -10,27 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from lory.adapters.files import CONFIG_FILE, WEIGHTS_FILE
-from lory.runtime import UsageError, read_json, write_json
+from lory.adapters.files import (
+    CONFIG_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    look_up_alpha,
+    read_stored,
+    tidy_number,
+)
+from lory.runtime import UsageError, write_json
 
-PREFIX = "base_model.model."
-_KEY = re.compile(r"(?P<module>.+)\.lora_(?:(?P<part>[AB])\.weight|embedding_(?P<embedding>[AB]))")
-
-# What PEFT's LoRA has beyond factors, biases and whole modules, with the values that mean "not used"
-_BEYOND: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "layer_replication": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "use_qalora": (False, None),
-    "use_bdlora": (None, False, {}),
-}
+# What lory reads and factors cannot say
+_BEYOND = ("use_dora", "target_parameters")
 
 
 @dataclass(frozen=True)
@@ -77,35 +71,25 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         UsageError: a file is missing or broken, or something in it is more than factors, biases and whole modules.
     """
-    config = read_json(folder / CONFIG_FILE)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise UsageError(f"{folder / CONFIG_FILE} says peft_type={kind!r}; a LORA adapter is expected.")
-    for key, unused in _BEYOND.items():
-        if config.get(key) not in unused:
+    stored = read_stored(folder)
+    config = stored.config
+    for key in _BEYOND:
+        if config.get(key):
             raise UsageError(f"{folder} uses {key}, which cannot be written as factors A and B; merge it instead.")
-    pairs: dict[str, dict[str, Tensor]] = {}
-    embeddings: set[str] = set()
-    parameters: dict[str, Tensor] = {}
-    for key, tensor in _load(folder / WEIGHTS_FILE).items():
-        name = key.removeprefix(PREFIX)
-        if match := _KEY.fullmatch(name):
-            pairs.setdefault(match["module"], {})[match["part"] or match["embedding"]] = tensor
-            if match["embedding"]:
-                embeddings.add(match["module"])
-        elif "lora_" in name:
-            raise UsageError(f"{folder / WEIGHTS_FILE} holds '{key}', which is neither lora_A nor lora_B.")
-        else:
-            parameters[name.replace(".base_layer.", ".")] = tensor
     layers = {}
-    for module, pair in pairs.items():
-        alpha = _alpha(config, module, _check_pair(pair, module, folder / WEIGHTS_FILE))
-        layers[module] = Factors(pair["A"], pair["B"], alpha, module in embeddings)
+    for module in dict.fromkeys(module for module, _ in stored.weights):
+        lora_A, lora_B = stored.weights[module, "A"], stored.weights[module, "B"]
+        _check_pair(lora_A, lora_B, module, folder / WEIGHTS_FILE)
+        alpha = look_up_alpha(config, module)
+        if config.get("use_rslora"):
+            # Kalajdzievski 2023 (arXiv 2312.03732): rsLoRA scales by alpha / sqrt(R), factors by alpha / R
+            alpha *= lora_A.shape[0] ** 0.5
+        layers[module] = Factors(lora_A, lora_B, alpha, module in stored.embeddings)
     if not layers:
         raise UsageError(f"{folder / WEIGHTS_FILE} holds no lora_A and lora_B.")
     return Adapter(
         layers=layers,
-        parameters=parameters,
+        parameters=stored.whole,
         modules_to_save=tuple(config.get("modules_to_save") or ()),
         base=config.get("base_model_name_or_path"),
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
@@ -114,36 +98,11 @@ def read_adapter(folder: Path) -> Adapter:
     )
 
 
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist.") from error
-    except SafetensorError as error:
-        raise UsageError(f"{path} is not a whole safetensors file: {error}.") from error
-
-
-def _check_pair(pair: Mapping[str, Tensor], module: str, where: Path) -> int:
-    """The rank of A and B, which must both be there and have the same."""
-    if len(pair) < 2:
-        raise UsageError(f"{where} has only lora_{next(iter(pair))} for '{module}'; lora_A and lora_B are expected.")
-    if pair["A"].ndim < 2 or pair["B"].ndim != pair["A"].ndim or pair["A"].shape[0] != pair["B"].shape[1]:
-        shapes = f"A {tuple(pair['A'].shape)} and B {tuple(pair['B'].shape)}"
+def _check_pair(lora_A: Tensor, lora_B: Tensor, module: str, where: Path) -> None:
+    """Refuse factors whose product cannot be made."""
+    if lora_A.ndim < 2 or lora_B.ndim != lora_A.ndim or lora_A.shape[0] != lora_B.shape[1]:
+        shapes = f"A {tuple(lora_A.shape)} and B {tuple(lora_B.shape)}"
         raise UsageError(f"{where} has {shapes} for '{module}'; A (R, in) and B (out, R) are expected.")
-    return pair["A"].shape[0]
-
-
-def _alpha(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha of a layer such that its scaling is alpha / rank; PEFT takes the first pattern that ends the path."""
-    alpha = config.get("lora_alpha")
-    for key, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            alpha = value
-            break
-    if not isinstance(alpha, int | float):
-        raise UsageError(f"The adapter's config has lora_alpha={alpha!r}; a number is expected.")
-    # Kalajdzievski 2023 (arXiv 2312.03732): rsLoRA scales by alpha / sqrt(R)
-    return alpha * rank**0.5 if config.get("use_rslora") else float(alpha)
 
 
 def write_adapter(folder: Path, adapter: Adapter) -> None:
@@ -174,11 +133,13 @@ def _make_config(adapter: Adapter) -> dict[str, Any]:
         "task_type": adapter.task_type,
         "base_model_name_or_path": adapter.base,
         "r": rank,
-        "lora_alpha": _tidy(alpha),
+        "lora_alpha": tidy_number(alpha),
         "lora_dropout": adapter.dropout,
         "target_modules": sorted(layers),
         "rank_pattern": {re.escape(name): layer.rank for name, layer in layers.items() if layer.rank != rank},
-        "alpha_pattern": {re.escape(n): _tidy(layer.alpha) for n, layer in layers.items() if layer.alpha != alpha},
+        "alpha_pattern": {
+            re.escape(n): tidy_number(layer.alpha) for n, layer in layers.items() if layer.alpha != alpha
+        },
         "bias": _bias_mode(adapter),
         "fan_in_fan_out": adapter.fan_in_fan_out,
         "use_rslora": False,
@@ -187,10 +148,6 @@ def _make_config(adapter: Adapter) -> dict[str, Any]:
         "modules_to_save": list(adapter.modules_to_save) or None,
         "inference_mode": True,
     }
-
-
-def _tidy(alpha: float) -> float:
-    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _bias_mode(adapter: Adapter) -> str:

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from lory.runtime import UsageError, read_json, write_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _KEY = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<part>[AB])\.weight|lora_embedding_(?P<embedding>[AB])|"
     r"(?P<magnitude>lora_magnitude_vector)(?:\.weight)?)"
@@ -84,36 +85,13 @@ class AdapterFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = read_adapter_config(folder)
-        self.weights: dict[tuple[str, str], Tensor] = {}
-        self.embeddings: set[str] = set()
-        self.whole: dict[str, Tensor] = {}
-        self._read(folder / WEIGHTS_FILE)
-        self._check()
-
-    def _read(self, path: Path) -> None:
-        for key, tensor in load_tensors(path).items():
-            name = key.removeprefix(_PREFIX)
-            if match := _KEY.fullmatch(name):
-                part = match["part"] or match["embedding"] or "magnitude"
-                if match["embedding"]:
-                    self.embeddings.add(match["module"])
-                elif part != "magnitude":
-                    tensor = tensor.flatten(1) if tensor.dim() > 2 else tensor
-                self.weights[match["module"], part] = tensor.flatten() if part == "magnitude" else tensor
-            elif name == key or re.search(r"(^|\.)(lora_|token_adapter\.)", name):
-                raise UsageError(f"{path} holds '{key}', which is not a LoRA weight that lory knows.")
-            else:
-                # PEFT stores what lies inside of an adapted layer under base_layer
-                self.whole[name.replace(".base_layer.", ".")] = tensor
-
-    def _check(self) -> None:
-        path = self.folder / WEIGHTS_FILE
-        for module in self.modules:
-            if (module, "A") not in self.weights or (module, "B") not in self.weights:
-                raise UsageError(f"{path} has only one of lora_A and lora_B for '{module}'.")
-            if bool(self.config.get("use_dora")) != ((module, "magnitude") in self.weights):
-                raise UsageError(f"{path} and {CONFIG_FILE} disagree whether '{module}' is DoRA (use_dora).")
+        stored = read_stored(folder)
+        self.config = stored.config
+        self.embeddings, self.whole = stored.embeddings, stored.whole
+        self.weights = {
+            (module, part): tensor.flatten() if part == "magnitude" else tensor.flatten(1)
+            for (module, part), tensor in stored.weights.items()
+        }
 
     @property
     def modules(self) -> list[str]:
@@ -134,7 +112,7 @@ class AdapterFiles:
 
     def alpha(self, module: str) -> float:
         """alpha of this module."""
-        return float(look_up(self.config.get("alpha_pattern"), module, self.config["lora_alpha"]))
+        return look_up_alpha(self.config, module)
 
     @property
     def rslora(self) -> bool:
@@ -189,6 +167,46 @@ class AdapterFiles:
         self.weights[target.path, "A"], self.weights[target.path, "B"] = lora_A, lora_B
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What an adapter folder holds, each tensor in the shape that it is stored in."""
+
+    config: dict[str, Any]
+    weights: dict[tuple[str, str], Tensor]
+    """By module path and part: A, B and, for DoRA, magnitude."""
+    embeddings: set[str]
+    """The modules among them that are embeddings."""
+    whole: dict[str, Tensor]
+    """Tensors stored as a whole, by their names in the model's state dict."""
+
+
+def read_stored(folder: Path) -> Stored:
+    """A LoRA adapter's config and tensors.
+
+    Raises:
+        UsageError: a file is missing or broken, or something in it would be left out in silence.
+    """
+    path = folder / WEIGHTS_FILE
+    stored = Stored(read_adapter_config(folder), {}, set(), {})
+    for key, tensor in load_tensors(path).items():
+        name = key.removeprefix(PREFIX)
+        if match := _KEY.fullmatch(name):
+            if match["embedding"]:
+                stored.embeddings.add(match["module"])
+            stored.weights[match["module"], match["part"] or match["embedding"] or "magnitude"] = tensor
+        elif name == key or re.search(r"(^|\.)(lora_|token_adapter\.)", name):
+            raise UsageError(f"{path} holds '{key}', which is not a LoRA weight that lory knows.")
+        else:
+            # PEFT stores what lies inside of an adapted layer under base_layer
+            stored.whole[name.replace(".base_layer.", ".")] = tensor
+    for module, _ in stored.weights:
+        if (module, "A") not in stored.weights or (module, "B") not in stored.weights:
+            raise UsageError(f"{path} has only one of lora_A and lora_B for '{module}'.")
+        if bool(stored.config.get("use_dora")) != ((module, "magnitude") in stored.weights):
+            raise UsageError(f"{path} and {CONFIG_FILE} disagree whether '{module}' is DoRA (use_dora).")
+    return stored
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         other = path.with_name("adapter_model.bin")
@@ -224,6 +242,14 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def look_up_alpha(config: Mapping[str, Any], module: str) -> float:
+    """alpha of a module by an adapter's config."""
+    alpha = look_up(config.get("alpha_pattern"), module, config["lora_alpha"])
+    if not isinstance(alpha, int | float):
+        raise UsageError(f"The adapter's config has lora_alpha={alpha!r} for '{module}'; a number is expected.")
+    return float(alpha)
+
+
 def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
     """Write the adapter on `model` into an existing folder, as PEFT would.
 
@@ -234,14 +260,14 @@ def save_adapter(model: nn.Module, folder: Path, base: str) -> None:
     trained = whole_tensors(model)
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
-        prefix = f"{_PREFIX}{_module_path(model, path, layer)}."
+        prefix = f"{PREFIX}{_module_path(model, path, layer)}."
         tensors |= {prefix + key: value for key, value in _layer_tensors(layer).items()}
     if trained.tensors:
         state = model.state_dict()
         for name in trained.tensors:
             parent, _, own = name.rpartition(".")
             # PEFT has what belongs to an adapted layer itself, such as its bias, under base_layer
-            tensors[f"{_PREFIX}{parent}{'.base_layer' if parent in layers else ''}.{own}"] = state[name]
+            tensors[f"{PREFIX}{parent}{'.base_layer' if parent in layers else ''}.{own}"] = state[name]
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     write_json(folder / CONFIG_FILE, _describe(model, layers, trained, base))
@@ -293,13 +319,13 @@ def _describe(model: nn.Module, layers: Mapping[str, LoRALayer], trained: Traine
         "task_type": task_type(model),
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": _number(alpha),
+        "lora_alpha": tidy_number(alpha),
         # PEFT refuses any dropout where bare parameters are adapted
         "lora_dropout": max((layer.lora_dropout for layer in plain), default=0.0) if not parameters else 0.0,
         "target_modules": _shorten(modules, model),
         "target_parameters": parameters or None,
         "rank_pattern": {re.escape(path): r for path, (r, _) in sizes.items() if r != rank},
-        "alpha_pattern": {re.escape(path): _number(a) for path, (_, a) in sizes.items() if a != alpha},
+        "alpha_pattern": {re.escape(path): tidy_number(a) for path, (_, a) in sizes.items() if a != alpha},
         "bias": trained.bias,
         "fan_in_fan_out": any(isinstance(layer, lora.Linear) and layer.fan_in_fan_out for layer in plain),
         "use_rslora": any(layer.rslora for layer in layers.values()),
@@ -310,7 +336,8 @@ def _describe(model: nn.Module, layers: Mapping[str, LoRALayer], trained: Traine
     }
 
 
-def _number(value: float) -> float | int:
+def tidy_number(value: float) -> float | int:
+    """The number as an int where it is whole, as configs have it."""
     return int(value) if float(value).is_integer() else value
 
 

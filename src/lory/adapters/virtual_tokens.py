@@ -86,7 +86,8 @@ class Leading:
         if not self.ids:
             return sample
         labels = (IGNORE, *sample.labels[1:]) if self.placeholders else sample.labels
-        return Sample((*self.ids, *sample.input_ids), (*[IGNORE] * len(self.ids), *labels))
+        weights = None if sample.weights is None else (*[0.0] * len(self.ids), *sample.weights)
+        return Sample((*self.ids, *sample.input_ids), (*[IGNORE] * len(self.ids), *labels), weights)
 
 
 def find_leading(model: nn.Module, packed: bool) -> Leading:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -27,11 +27,16 @@ class Batch:
     """(documents) the documents' lengths."""
     attention_mask: Tensor | None = None
     """(B, T) 1 for real tokens."""
+    weights: Tensor | None = None
+    """(B, T) fp32, how much each target counts; None: 1 each."""
+    learnt: int = 0
+    """How many tokens are learnt, those of a folded sample as often as it is there."""
 
     @property
-    def supervised(self) -> int:
-        """How many positions are learnt."""
-        return int((self.targets != IGNORE).sum())
+    def weight(self) -> float:
+        """What all targets count together."""
+        learnt = self.targets != IGNORE
+        return float(learnt.sum() if self.weights is None else self.weights[learnt].sum(dtype=torch.float64))
 
     @property
     def tokens(self) -> int:
@@ -40,23 +45,43 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device; `seq_lens` stays on the CPU, where it is read."""
-        mask = None if self.attention_mask is None else self.attention_mask.to(device)
-        return Batch(self.input_ids.to(device), self.targets.to(device), self.seq_lens, mask)
+        moved = {
+            field.name: value.to(device)
+            for field in fields(self)
+            if field.name != "seq_lens" and isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
 
 
-def collate(samples: Sequence[Sample], padded: bool = False, pad_id: int = 0) -> Batch:
-    """A batch of the samples, each a document of its own."""
+def collate(
+    samples: Sequence[Sample], padded: bool = False, pad_id: int = 0, counts: Sequence[int] | None = None
+) -> Batch:
+    """A batch of the samples, each a document of its own.
+
+    Args:
+        counts: how often each sample is there, if not once; it is computed once and counts so much more.
+    """
     seq_lens = torch.tensor([len(sample) for sample in samples])
     ids = [torch.tensor(sample.input_ids) for sample in samples]
-    targets = [_shift(sample) for sample in samples]
+    # the label of the next token; the document's last token predicts nothing
+    targets = [torch.tensor([*sample.labels[1:], IGNORE]) for sample in samples]
+    times = counts or [1] * len(samples)
+    learnt = sum(count * sample.supervised for count, sample in zip(times, samples, strict=True))
+    weights = None
+    if any(count != 1 for count in times) or any(sample.weights for sample in samples):
+        weights = [_weigh(sample, count) for sample, count in zip(samples, times, strict=True)]
     if not padded:
-        return Batch(torch.cat(ids)[None], torch.cat(targets)[None], seq_lens)
+        row = None if weights is None else torch.cat(weights)[None]
+        return Batch(torch.cat(ids)[None], torch.cat(targets)[None], seq_lens, None, row, learnt)
     pad = torch.nn.utils.rnn.pad_sequence
     input_ids = pad(ids, batch_first=True, padding_value=pad_id)
     mask = (torch.arange(input_ids.shape[1])[None] < seq_lens[:, None]).long()
-    return Batch(input_ids, pad(targets, batch_first=True, padding_value=IGNORE), seq_lens, mask)
+    rows = None if weights is None else pad(weights, batch_first=True)
+    return Batch(input_ids, pad(targets, batch_first=True, padding_value=IGNORE), seq_lens, mask, rows, learnt)
 
 
-def _shift(sample: Sample) -> Tensor:
-    """Targets: the label of the next token; the document's last token predicts nothing."""
-    return torch.tensor([*sample.labels[1:], IGNORE])
+def _weigh(sample: Sample, count: int) -> Tensor:
+    """(T) how much the target of each position counts."""
+    if sample.weights is None:
+        return torch.full((len(sample),), float(count))
+    return torch.tensor([*sample.weights[1:], 0.0]) * count

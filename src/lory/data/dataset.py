@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,13 +12,22 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from lory.config import Section
+from lory.data.cache import encode_source
+from lory.data.duplicates import Duplicates, find_first, find_near_duplicates
 from lory.data.encode import Encoder, LossOn, OnLong
-from lory.data.sources import SourceConfig, SourceData, read_source
+from lory.data.mixing import Mixing, mix
+from lory.data.samples import Samples, count_up
+from lory.data.sources import SourceConfig
+from lory.data.split import exclude_questions, split_questions
+from lory.data.store import Store
+from lory.data.stream import Stream
 from lory.runtime import UsageError
-from lory.types import Conversation, Sample
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
+
+    Array = np.ndarray[Any, Any]
 
 
 class DataConfig(Section):
@@ -35,55 +43,114 @@ class DataConfig(Section):
         "drop",
         description="What happens to a longer sample: drop, cut_prompt (its answer stays whole) or error.",
     )
-    loss_on: LossOn = Field("assistant", description="What is learnt: assistant (each answer), last (answer) or all.")
+    loss_on: LossOn = Field(
+        "assistant",
+        description="What is learnt: assistant (each answer), last (answer) or all. A weight that a message has goes "
+        "before it.",
+    )
     packing: bool = Field(True, description="Put several samples into one row of max_tokens, kept apart.")
+    duplicates: Duplicates = Field(
+        "fold",
+        description="What happens to exact duplicates: fold (those of one optimizer step are computed once, with their "
+        "number as weight: the same gradient for less work), keep (each is computed) or drop (one is left).",
+    )
+    mixing: Mixing = Field(
+        "concat",
+        description="How the sources are mixed: concat (each record once), or by their weights until the first source "
+        "has no more (first_exhausted) or until every record was taken (all_exhausted: small sources repeat).",
+    )
+    streaming: bool = Field(
+        False,
+        description="Read the training sources while the run goes on, a window at a time, for data larger than memory "
+        "or disk; it needs train.max_steps.",
+    )
+    window_samples: int = Field(
+        20_000, ge=1, description="Conversations of a stream that are packed and shuffled together."
+    )
+    cache: bool = Field(True, description="Keep encoded data in lory's cache, for the next run on the same data.")
+    workers: int | None = Field(
+        None, ge=1, description="Processes that encode; null: one for each core, where there is enough to do."
+    )
 
     @model_validator(mode="after")
-    def _check_eval(self) -> DataConfig:
+    def _check(self) -> DataConfig:
         if self.eval and self.eval_fraction:
             raise ValueError("both eval and eval_fraction are given; use one of them")
+        weighted = [source.path for source in self.train if source.weight is not None]
+        if weighted and self.mixing == "concat":
+            raise ValueError(
+                f"'{weighted[0]}' has a weight, which mixing: concat leaves aside; set mixing to first_exhausted or "
+                "all_exhausted, or remove the weight"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_streaming(self) -> DataConfig:
+        if not self.streaming:
+            return self
+        if self.eval_fraction:
+            raise ValueError("eval_fraction needs all data at once, which streaming has not; name sources under eval")
+        if self.mixing == "all_exhausted":
+            raise ValueError("mixing: all_exhausted needs all data at once, which streaming has not")
+        if self.duplicates == "drop":
+            raise ValueError("duplicates: drop needs all data at once, which streaming has not; use fold or keep")
+        if drawn := [source.path for source in self.train if source.sample]:
+            raise ValueError(
+                f"'{drawn[0]}' has a sample, for which all of it would be read; use split: train[:N] with streaming"
+            )
         return self
 
 
 @dataclass
 class EncodedSource:
-    """One source's samples, with what was kept and dropped."""
+    """One source's conversations, encoded, and which of them are used for what."""
 
     name: str
     config: SourceConfig
-    source: SourceData
-    train: list[Sample] = field(default_factory=list)
-    eval: list[Sample] = field(default_factory=list)
-    kept: int = 0
-    """Conversations that gave a sample."""
+    store: Store
+    train: Array
+    """(conversations) numbers of those that are trained on."""
+    eval: Array
+    """(conversations) numbers of those that are evaluated on."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Records that gave none, by reason; with `kept` they add up to the records that were read (or drawn)."""
+    """Records that are not used, by reason; with those kept they add up to the records that were read (or drawn)."""
     notes: list[str] = field(default_factory=list)
 
     def report(self) -> dict[str, Any]:
         """The source's part of data.json; lengths are in tokens."""
-        lengths = sorted(len(sample) for sample in [*self.train, *self.eval])
+        import numpy as np
+
+        store = self.store
+        used = _expand(store, np.concatenate([self.train, self.eval]))
+        lengths = np.sort(store.lengths[used])
         return {
             "name": self.name,
             "path": self.config.path,
-            "read": self.source.read,
-            "kept": self.kept,
+            "read": store.summary.read,
+            "kept": len(np.unique(np.concatenate([self.train, self.eval]))),
             "dropped": dict(self.dropped),
-            "notes": [*self.source.notes, *self.notes],
-            "samples": {"train": len(self.train), "eval": len(self.eval)},
-            "tokens": sum(lengths),
-            "supervised_tokens": sum(sample.supervised for sample in [*self.train, *self.eval]),
-            "lengths": {
-                "min": lengths[0],
-                "median": statistics.median(lengths),
-                "mean": round(statistics.fmean(lengths), 1),
-                "p95": lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))],
-                "max": lengths[-1],
-            }
-            if lengths
-            else None,
-            "fingerprint": self.source.fingerprint,
+            "notes": [*store.summary.notes, *self.notes],
+            "samples": {"train": len(_expand(store, self.train)), "eval": len(_expand(store, self.eval))},
+            "tokens": int(lengths.sum()),
+            "supervised_tokens": int(store.supervised[used].sum()),
+            "lengths": describe_lengths(lengths),
+            "fingerprint": store.summary.fingerprint,
         }
+
+
+def describe_lengths(lengths: Array) -> dict[str, Any] | None:
+    """Minimum, median, mean, 95th percentile and maximum of sorted lengths; None if there are none."""
+    import numpy as np
+
+    if not len(lengths):
+        return None
+    return {
+        "min": int(lengths[0]),
+        "median": float(np.median(lengths)),
+        "mean": round(float(lengths.mean()), 1),
+        "p95": int(lengths[min(len(lengths) - 1, int(0.95 * len(lengths)))]),
+        "max": int(lengths[-1]),
+    }
 
 
 @dataclass
@@ -91,31 +158,39 @@ class Dataset:
     """Everything a run learns from and is evaluated on."""
 
     sources: list[EncodedSource]
-
-    @property
-    def train(self) -> list[Sample]:
-        """The training samples of all sources, one source after the other."""
-        return [sample for source in self.sources for sample in source.train]
-
-    @property
-    def eval(self) -> dict[str, list[Sample]]:
-        """The evaluation samples by source; sources without any are left out."""
-        return {source.name: source.eval for source in self.sources if source.eval}
+    train: Samples
+    """The training samples of all sources, one source after the other."""
+    eval: dict[str, Samples]
+    """The evaluation samples by source; sources without any are left out."""
+    duplicates: int = 0
+    """Training conversations that equal one before them."""
+    stream: Stream | None = None
+    """Where the training samples come from when they are streamed; `train` is the first window then."""
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over all samples: equal for two runs that learn the same tokens in the same order."""
         digest = hashlib.sha256()
+        if self.stream:
+            for ids in self.train.each_ids():
+                digest.update(b"".join(part.tobytes() for part in ids))
         for source in self.sources:
+            store = source.store
+            digest.update(store.summary.vocabulary.encode())
             for part in (source.train, source.eval):
-                for sample in part:
-                    digest.update(repr((sample.input_ids, sample.labels)).encode())
+                samples = _expand(store, part)
+                for numbers in (store.digests[part], store.lengths[samples], store.supervised[samples]):
+                    digest.update(numbers.tobytes())
                 digest.update(b"|")
         return digest.hexdigest()
 
     def report(self) -> dict[str, Any]:
         """data.json: per source what was read, kept and dropped, and why."""
-        return {"fingerprint": self.fingerprint, "sources": [source.report() for source in self.sources]}
+        return {
+            "fingerprint": self.fingerprint,
+            "duplicates": self.duplicates,
+            "sources": [*(self.stream.report() if self.stream else ()), *(source.report() for source in self.sources)],
+        }
 
 
 def build_dataset(
@@ -125,39 +200,53 @@ def build_dataset(
 
     Args:
         terminators: token ids that end an answer, the first of which is written where a template has none.
-        seed: picks the conversations that are kept for evaluation.
+        seed: picks the conversations that are kept for evaluation, and those that mixing leaves out.
 
     Raises:
         UsageError: bad data, or nothing left to learn.
     """
-    sources = [EncodedSource(name, source, read_source(source)) for name, source in _name_sources(config.train)]
-    held_out = [EncodedSource(name, source, read_source(source)) for name, source in _name_sources(config.eval)]
-    parts = _split(sources, held_out, config.eval_fraction, seed)
-    for source, train, evaluation in parts:
-        encoder = Encoder(tokenizer, terminators, config.max_tokens, config.on_long, config.loss_on)
-        source.train = _encode_all(train, encoder, source)
-        source.eval = _encode_all(evaluation, encoder, source)
-        source.dropped.update(source.source.dropped)
-        source.dropped.update(encoder.dropped)
-        source.notes += [f"{what}: {count}" for what, count in encoder.notes.items()]
-    dataset = Dataset([source for source, _, _ in parts])
-    if not any(sample.supervised for sample in dataset.train):
-        reasons = Counter[str]()
-        for source in dataset.sources:
-            reasons.update(source.dropped)
-        why = "; ".join(f"{reason}: {count}" for reason, count in reasons.items())
-        why = why or "all of its conversations are kept for evaluation"
-        raise UsageError(f"No token is left to learn from data.train ({why}).")
+    encoder = Encoder(tokenizer, terminators, config.max_tokens, config.on_long, config.loss_on)
+    if config.streaming:
+        return _open_stream(config, encoder, seed)
+    train = [_encode(name, source, encoder, config) for name, source in _name_sources(config.train)]
+    held_out = [_encode(name, source, encoder, config) for name, source in _name_sources(config.eval)]
+    for source in held_out:
+        # a source that stands in both lists keeps its name apart
+        source.name += " (eval)" if any(other.name == source.name for other in train) else ""
+    sources = [*train, *held_out]
+    _split(train, held_out, config.eval_fraction, seed)
+    first = _find_duplicates(train)
+    duplicates = _handle_duplicates(train, first, config.duplicates)
+    weights = [source.config.weight or 1.0 for source in train]
+    mixed = mix([source.train for source in train], weights, config.mixing, seed)
+    for source, taken in zip(train, mixed, strict=True):
+        _note_mixing(source, taken)
+        source.train = taken
+    dataset = Dataset(sources, _gather(train, first), _gather_eval(sources), duplicates)
+    _check_learnable(dataset)
+    _warn_of_near_duplicates(dataset)
     return dataset
 
 
-def _encode_all(conversations: Sequence[Conversation], encoder: Encoder, source: EncodedSource) -> list[Sample]:
-    samples = []
-    for conversation in conversations:
-        new = encoder.encode(conversation)
-        source.kept += bool(new)
-        samples += new
-    return samples
+def _open_stream(config: DataConfig, encoder: Encoder, seed: int) -> Dataset:
+    import numpy as np
+
+    held_out = [_encode(name, source, encoder, config) for name, source in _name_sources(config.eval)]
+    for source in held_out:
+        source.eval = np.flatnonzero(source.store.count)
+    weighted = config.mixing == "first_exhausted"
+    stream = Stream(config.train, encoder, config.window_samples, weighted, seed, config.workers)
+    dataset = Dataset(held_out, stream.read().samples, _gather_eval(held_out), stream=stream)
+    _check_learnable(dataset)
+    return dataset
+
+
+def _encode(name: str, source: SourceConfig, encoder: Encoder, config: DataConfig) -> EncodedSource:
+    import numpy as np
+
+    store = encode_source(source, encoder, config.cache, config.workers)
+    none = np.zeros(0, dtype=np.int64)
+    return EncodedSource(name, source, store, none, none, Counter(store.summary.dropped))
 
 
 def _name_sources(configs: Sequence[SourceConfig]) -> list[tuple[str, SourceConfig]]:
@@ -172,58 +261,120 @@ def _name_sources(configs: Sequence[SourceConfig]) -> list[tuple[str, SourceConf
     return named
 
 
-def _question(conversation: Conversation) -> str:
-    """What identifies a conversation for the split: its first question.
+def _split(train: list[EncodedSource], held_out: list[EncodedSource], fraction: float, seed: int) -> None:
+    """Give each source the conversations to train on and to evaluate on, out of those that have samples."""
+    import numpy as np
 
-    Conversations that begin alike stay on one side, since each of their answers is learnt.
-    """
-    if conversation.text is not None:
-        return conversation.text
-    return next(message.content for message in conversation.messages if message.role == "user")
-
-
-def _split(
-    sources: list[EncodedSource], held_out: list[EncodedSource], fraction: float, seed: int
-) -> list[tuple[EncodedSource, list[Conversation], list[Conversation]]]:
-    """Training and evaluation conversations of each source, without a question in common."""
+    usable = [np.flatnonzero(source.store.count) for source in train]
+    questions = [source.store.questions[numbers] for source, numbers in zip(train, usable, strict=True)]
     if held_out:
-        asked = {_question(c) for source in held_out for c in source.source.conversations}
-        parts = []
-        for source in sources:
-            train = [c for c in source.source.conversations if _question(c) not in asked]
-            if overlap := len(source.source.conversations) - len(train):
+        kept = exclude_questions(questions, [source.store.questions for source in held_out])
+        for source, numbers, picked in zip(train, usable, kept, strict=True):
+            source.train = numbers[picked]
+            if overlap := len(numbers) - len(picked):
                 source.dropped["its question is in data.eval, too"] += overlap
-            parts.append((source, train, list[Conversation]()))
         for source in held_out:
-            # a source that stands in both lists keeps its name apart
-            source.name = f"{source.name} (eval)" if any(s.name == source.name for s in sources) else source.name
-            parts.append((source, [], source.source.conversations))
-        return parts
-    chosen = [_choose_questions(source.source.conversations, fraction, seed) for source in sources]
-    for source, questions in zip(sources, chosen, strict=True):
-        if fraction and not questions:
-            count = len(source.source.conversations)
+            source.eval = np.flatnonzero(source.store.count)
+        return
+    parts = split_questions(questions, fraction, seed)
+    for source, numbers, picked, apart in zip(train, usable, *parts, strict=True):
+        source.train, source.eval = numbers[picked], numbers[apart]
+        if fraction and len(numbers) and not len(apart):
+            count = len(numbers)
             source.notes.append(f"none is kept for evaluation: {fraction:g} of {count} is less than one question")
-    # a question that one source keeps for evaluation is not trained on through another
-    everywhere = set[str]().union(*chosen)
-    return [
-        (
-            source,
-            [c for c in source.source.conversations if _question(c) not in everywhere],
-            [c for c in source.source.conversations if _question(c) in everywhere],
-        )
-        for source in sources
-    ]
 
 
-def _choose_questions(conversations: Sequence[Conversation], fraction: float, seed: int) -> set[str]:
-    """Questions whose conversations make up about `fraction`; a question's place depends on it and the seed alone."""
-    counts = Counter(_question(conversation) for conversation in conversations)
-    wanted, taken = fraction * len(conversations), 0
-    chosen = set()
-    for question in sorted(counts, key=lambda text: hashlib.sha256(f"{seed}\x00{text}".encode()).digest()):
-        # one that is asked too often to fit is passed over
-        if taken + counts[question] / 2 <= wanted:
-            chosen.add(question)
-            taken += counts[question]
-    return chosen
+def _find_duplicates(train: list[EncodedSource]) -> Array:
+    """(conversations of all sources) the number of the first equal one."""
+    import numpy as np
+
+    return find_first(np.concatenate([source.store.digests for source in train]))
+
+
+def _handle_duplicates(train: list[EncodedSource], first: Array, duplicates: Duplicates) -> int:
+    """Drop exact duplicates if that is wanted; note and return how many there are."""
+    import numpy as np
+
+    total = start = 0
+    for source in train:
+        end = start + len(source.store.digests)
+        repeated = first[start:end] != np.arange(start, end)
+        count = int(repeated[source.train].sum())
+        start, total = end, total + count
+        if not count:
+            continue
+        what = f"{count} exact duplicate{'s' if count > 1 else ''}"
+        if duplicates == "drop":
+            source.train = source.train[~repeated[source.train]]
+            source.dropped["exact duplicate"] += count
+        elif duplicates == "fold":
+            source.notes.append(f"{what}, computed once in a step, with their number as weight")
+        else:
+            source.notes.append(f"{what}, each computed")
+    return total
+
+
+def _note_mixing(source: EncodedSource, taken: Array) -> None:
+    import numpy as np
+
+    different = len(np.unique(taken))
+    if left_out := len(source.train) - different:
+        source.dropped["left out by data.mixing"] += left_out
+    if repeated := len(taken) - different:
+        source.notes.append(f"data.mixing takes {repeated} conversations more than once in an epoch")
+
+
+def _gather(sources: list[EncodedSource], first: Array) -> Samples:
+    """The training samples; equal conversations are given the same samples, whatever their source."""
+    import numpy as np
+
+    stores = [source.store for source in sources]
+    borders = np.cumsum([0, *(len(store.digests) for store in stores)])
+    chosen = np.concatenate([first[source.train + start] for source, start in zip(sources, borders, strict=False)])
+    owners = np.searchsorted(borders, chosen, side="right") - 1
+    starts = np.concatenate([store.first for store in stores])[chosen]
+    counts = np.concatenate([store.count for store in stores])[chosen]
+    return Samples(stores, np.repeat(owners, counts), count_up(starts, counts))
+
+
+def _gather_eval(sources: list[EncodedSource]) -> dict[str, Samples]:
+    import numpy as np
+
+    found = {}
+    for source in sources:
+        if len(indices := _expand(source.store, source.eval)):
+            found[source.name] = Samples([source.store], np.zeros(len(indices), dtype=np.int64), indices)
+    return found
+
+
+def _expand(store: Store, conversations: Array) -> Array:
+    """The numbers of the conversations' samples, in their order."""
+    return count_up(store.first[conversations], store.count[conversations])
+
+
+def _check_learnable(dataset: Dataset) -> None:
+    if dataset.train.supervised.sum():
+        return
+    reasons = Counter[str]()
+    for source in dataset.sources:
+        reasons.update(source.dropped)
+    why = "; ".join(f"{reason}: {count}" for reason, count in reasons.items())
+    why = why or "all of its conversations are kept for evaluation"
+    raise UsageError(f"No token is left to learn from data.train ({why}).")
+
+
+def _warn_of_near_duplicates(dataset: Dataset) -> None:
+    """A note on each source whose evaluation is nearly trained on."""
+    import numpy as np
+
+    if not dataset.eval:
+        return
+    train = (np.concatenate(ids) for ids in dataset.train.each_ids())
+    evaluation = [[ids for group in samples.each_ids() for ids in group] for samples in dataset.eval.values()]
+    sources = {source.name: source for source in dataset.sources}
+    for name, count in zip(dataset.eval, find_near_duplicates(train, evaluation), strict=True):
+        if count:
+            sources[name].notes.append(
+                f"{count} of {len(dataset.eval[name])} evaluation samples are nearly the same as training samples, so "
+                "their loss says little about unseen data"
+            )

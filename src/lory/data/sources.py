@@ -2,90 +2,36 @@
 
 from __future__ import annotations
 
-import csv
-import difflib
+import functools
 import hashlib
-import importlib.resources
+import itertools
 import json
-import os
-import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pydantic import Field, ValidationInfo, field_validator
-
-from lory.config import Section
-from lory.data.formats import FORMATS, Dropped, convert, fill_placeholders, recognise
-from lory.data.identity import identity_conversations
-from lory.runtime import LoryError, UsageError, hash_file
+from lory.data.formats import FORMATS, Dropped, ReadOptions, convert, explain, fill_placeholders, recognise
+from lory.data.locate import locate, resolve
+from lory.data.rows import BadRow, DroppedRow, Row, combine_fingerprints
+from lory.data.sampling import draw, passes
+from lory.data.source_config import BUNDLED, SourceConfig, suggest
+from lory.runtime import UsageError
 from lory.types import Conversation, Message
 
-BUNDLED = ("identity", "general")
-"""Names that stand for records of lory's own; a file of that name is reached as ``./identity``."""
+__all__ = ["BUNDLED", "SourceConfig", "SourceData", "SourceReader", "explain_source", "open_source", "read_source"]
 
-Record = tuple[str, dict[str, Any]]
-"""Where a record was read (file and line, row or number), and the record."""
+FILTERED = "does not pass the filter"
+"""The reason under which records are counted that the source's conditions leave out."""
+
+Record = tuple[str, Any]
 
 # reported, not refused: double braces are also ordinary text, in LaTeX and in templates of code
 _LIKE_PLACEHOLDER = re.compile(r"\{\{ ?[A-Za-z]\w{2,} ?\}\}")
-
-
-class SourceConfig(Section):
-    """Where records come from, and how they are read."""
-
-    path: str = Field(
-        min_length=1,
-        description="a file (json, jsonl, csv, tsv, parquet or txt), relative to the working directory; or `identity`, "
-        "records that teach a name and an author; or `general`, bundled records that keep general abilities",
-    )
-    format: str = Field("auto", description=f"the records' format: auto, {', '.join(FORMATS)}")
-    sample: int | None = Field(None, ge=1, description="how many records to draw at random; null: all, in file order")
-    seed: int = Field(0, description="seed of the draw")
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="{name that the format expects: name in the file}, where they differ"
-    )
-    name: str | None = Field(
-        None, min_length=1, description="the assistant's name, for `identity` and for {{name}} in the records"
-    )
-    author: str | None = Field(
-        None, min_length=1, description="who made the assistant, for `identity` and for {{author}} in the records"
-    )
-    system: str | None = Field(None, min_length=1, description="a system prompt for the conversations that have none")
-
-    @field_validator("format")
-    @classmethod
-    def _check_format(cls, format: str, info: ValidationInfo) -> str:
-        if format != "auto" and format not in FORMATS:
-            raise ValueError(f"{_suggest(format, ['auto', *FORMATS])}known formats are auto, {', '.join(FORMATS)}")
-        if format != "auto" and info.data.get("path") in BUNDLED:
-            raise ValueError(f"the bundled records of '{info.data['path']}' have a format of their own; leave this out")
-        return format
-
-    @field_validator("columns")
-    @classmethod
-    def _check_columns(cls, columns: dict[str, str], info: ValidationInfo) -> dict[str, str]:
-        if columns and info.data.get("path") in BUNDLED:
-            raise ValueError(f"the bundled records of '{info.data['path']}' have no columns to map; leave this out")
-        format = info.data.get("format", "auto")
-        formats = [FORMATS[format]] if format != "auto" else FORMATS.values()
-        known = list(dict.fromkeys(key for format in formats for key in format.keys))
-        for key in columns:
-            if key not in known:
-                raise ValueError(
-                    f"'{key}' is not expected by the format; {_suggest(key, known)}known: {', '.join(known)}"
-                )
-        return columns
-
-    @field_validator("name", "author")
-    @classmethod
-    def _check_identity(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is None and info.data.get("path") == "identity":
-            raise ValueError("the source `identity` needs both a name and an author, such as name: Lory, author: you")
-        return value
+_NUMBER = re.compile(r"\d+")
+_MOST_REASONS = 20
+"""How many kinds of malformed records are told apart."""
 
 
 @dataclass(frozen=True)
@@ -101,353 +47,308 @@ class SourceData:
     read: int
     dropped: dict[str, int]
     fingerprint: str
-    """SHA-256 of the file's bytes, or of the generated records."""
+    """SHA-256 of the content: of the file's bytes, of those of all files, or of the generated records."""
     notes: list[str]
 
 
-@dataclass
-class _Tally:
-    """What is learnt about a source while its records stream by."""
+class SourceReader:
+    """A source's conversations, read as they are asked for; what is counted grows meanwhile, and starts anew each time.
 
-    format: str
-    read: int = 0
-    keys: set[str] = field(default_factory=set)
+    Attributes:
+        name: the end of the path, or the data set's name.
+        read: how many records were read.
+        dropped: how many of them (of a sample: of those that were drawn) were left out, by reason.
+        position: where to start to go on after the last conversation (see `open_source`).
+    """
+
+    def __init__(self, config: SourceConfig, start: int = 0) -> None:
+        self.config = resolve(config)
+        self._start = start
+        self._origin = locate(self.config)
+        if self.config is not config:  # the name alone would not tell when the registry's entry changes
+            self._origin = replace(
+                self._origin,
+                short_name=config.path,
+                mark=hashlib.sha256((self.config.model_dump_json() + self._origin.mark).encode()).hexdigest(),
+            )
+        config = self.config
+        self._sample = config.sample or self._origin.sample
+        self.name = self._origin.short_name
+        self._fill = {"name": config.name, "author": config.author} if config.name and config.author else None
+        system = fill_placeholders(config.system, self._fill, "The source's 'system'") if config.system else ""
+        self._system = (Message("system", system),) if system else ()
+        root = config.media_root or self._origin.rows.folder
+        self._options = ReadOptions(root, config.question or "", config.media_first)
+        self._reset()
+
+    def _reset(self) -> None:
+        self.read = 0
+        self.dropped: Counter[str] = Counter()
+        self.position = self._start
+        self._format = self._origin.format or self.config.format.replace("auto", "")
+        self._keys: set[str] = set()
+        self._bad: dict[str, str] = {}
+        self._like: Counter[str] = Counter()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the content, whatever the files are called."""
+        content = self._origin.rows.fingerprint()
+        return combine_fingerprints([content, self._origin.mark]) if self._origin.mark else content
+
+    def __iter__(self) -> Iterator[Conversation]:
+        """The conversations in order.
+
+        Raises:
+            UsageError: a file or record that cannot be read as what it should be; the sentence names file and line.
+                Or nothing to learn from, at the end.
+        """
+        self._reset()
+        given = 0
+        for where, record in self._choose_records():
+            try:
+                conversation = (
+                    replace(record, where=where)  # a function of the user's own made it
+                    if isinstance(record, Conversation)
+                    else convert(record, self._format, where, self._fill, self._options)
+                )
+            except Dropped as drop:
+                self.dropped[drop.reason] += 1
+                continue
+            except UsageError as error:
+                self._count_bad(where, error)
+                continue
+            if self._system and conversation.messages and conversation.messages[0].role != "system":
+                conversation = replace(conversation, messages=self._system + conversation.messages)
+            self._look_for_placeholders(conversation)
+            given += 1
+            yield conversation
+        self._check(given)
+
+    def _choose_records(self) -> Iterator[Record]:
+        """The records to convert: all, or those that are drawn."""
+        if self._sample is None:
+            yield from self._prepare(self._origin.rows.read(self._start))
+            return
+        drawn = draw(self._prepare(self._origin.rows.read()), self._sample, self.config.seed)
+        self.position = self._start
+        for record in itertools.islice(drawn, self._start, None):
+            self.position += 1
+            yield record
+
+    def _prepare(self, rows: Iterable[Row]) -> Iterator[Record]:
+        """Count the rows, leave out those that are no record or filtered out, and let the first one tell the format."""
+        conditions, columns, rewrite = self.config.filter, self.config.columns, self._origin.rewrite
+        for where, record in rows:
+            self.read += 1
+            self.position += 1
+            if not isinstance(record, dict):
+                self._leave_out(where, record)
+                continue
+            if not self._keys.issuperset(record):
+                self._keys.update(record)
+            if conditions and not passes(record, conditions):
+                self.dropped[FILTERED] += 1
+                continue
+            if rewrite:
+                record = rewrite(record)
+                if not isinstance(record, dict | Conversation):
+                    self._leave_out(where, record)
+                    continue
+            elif columns or not self._format:
+                try:
+                    record = _map_columns(record, columns, where) if columns else record
+                    self._format = self._format or _recognise(record, where)
+                except UsageError as error:
+                    self._count_bad(where, error)
+                    continue
+            yield where, record
+
+    def _leave_out(self, where: str, value: Any) -> None:
+        """A row that is no record: dropped by its origin, or bad."""
+        if isinstance(value, DroppedRow):
+            self.dropped[value.reason] += 1
+            return
+        if isinstance(value, BadRow):
+            problem = value.problem
+        else:
+            shown = "a list" if isinstance(value, list) else f"the value {json.dumps(value)[:40]}"
+            problem = f'is {shown}; an object such as {{"instruction": ..., "output": ...}} is expected'
+        self._count_bad(where, UsageError(f"{where} {problem}."))
+
+    def _count_bad(self, where: str, error: UsageError) -> None:
+        if self.config.on_bad == "error":
+            raise error
+        problem = str(error).removeprefix(where).removeprefix(":").strip().rstrip(".")
+        # the same problem in another row differs in its numbers
+        reason = f"malformed: {_NUMBER.sub('#', problem)[:160]}"
+        if reason not in self._bad and len(self._bad) >= _MOST_REASONS:
+            reason = "malformed in another way"
+        self._bad.setdefault(reason, str(error))
+        self.dropped[reason] += 1
+
+    def _look_for_placeholders(self, conversation: Conversation) -> None:
+        for text in (conversation.text, *(message.content for message in conversation.messages)):
+            if text and "{{" in text and (match := _LIKE_PLACEHOLDER.search(text)):
+                self._like[match[0]] += 1
+                return
+
+    def _check(self, given: int) -> None:
+        """What can only be said when all is read; one that starts in the middle may find nothing left."""
+        if self._start:
+            return
+        name = self._origin.rows.name
+        if not self.read:
+            what = f"no records in the split '{self.config.split}'" if self.config.split else "no records"
+            raise UsageError(f"{name} has {what}; at least one is expected.")
+        wanted = {"columns": self.config.columns.values(), "filter": self.config.filter}
+        for field, columns in wanted.items():
+            for column in columns:
+                if not {column, column.partition(".")[0]} & self._keys:
+                    raise UsageError(
+                        f"{name} has no record with '{column}', which '{field}' names; {_found(self._keys)}."
+                    )
+        if not given:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+            first = next(iter(self._bad.values()), "")
+            raise UsageError(f"{name} has no record to learn from: {reasons}.{' ' if first else ''}{first}")
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person should know about what was read so far."""
+        notes = []
+        if self._sample is not None:
+            there = self.read - sum(self.dropped[reason] for reason in (FILTERED, *self._bad))
+            if self._sample > there:
+                notes.append(f"sample: {self._sample} was asked for, {self.name} has {there} records: all were taken")
+            else:
+                notes.append(f"sample: {self._sample} of {there} records were drawn (seed {self.config.seed})")
+        notes += [f"{reason}: {self.dropped[reason]}; the first is: {first}" for reason, first in self._bad.items()]
+        used = {*(FORMATS[self._format].keys if self._format else ()), *self.config.columns.values()}
+        # a dataset_info.json names the columns that it uses; the others are not looked at
+        if not self._origin.format and (unused := sorted(self._keys - used - set(self.config.filter))):
+            notes.append(f"keys that the format {self._format} does not use: {', '.join(unused)}")
+        if self._like:
+            like = next(iter(self._like))
+            notes.append(f"{like} looks like a placeholder ({self._like.total()} such records); it was kept as text")
+        return notes
+
+
+def open_source(config: SourceConfig, start: int = 0) -> SourceReader:
+    """A source's conversations, to be read one by one in constant memory (a sample is held as a whole).
+
+    Args:
+        start: the number of records to pass over: `SourceReader.position` of a reader that came so far.
+
+    Raises:
+        UsageError: there is nothing at the source's path.
+    """
+    return SourceReader(config, start)
 
 
 def read_source(config: SourceConfig) -> SourceData:
-    """Read, draw and convert the records of a source.
+    """All conversations of a source in a list.
 
     Raises:
         UsageError: a file or record that cannot be read as what it should be; the sentence names file and line.
     """
-    name, records, fingerprint = _open(config)
-    tally = _Tally("" if config.format == "auto" else config.format)
-    stream: Iterable[Record] = _prepare(records, config, tally)
-    if config.sample is not None:
-        stream = _draw(stream, config.sample, config.seed)
-    conversations, dropped = _convert_all(stream, config, tally)
-    if not tally.read:
-        raise UsageError(f"{name} has no records; at least one is expected.")
-    if absent := [column for column in config.columns.values() if column not in tally.keys]:
-        raise UsageError(f"{name} has no record with '{absent[0]}', which 'columns' names; {_found(tally.keys)}.")
-    if not conversations:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
-        raise UsageError(f"{name} has no record to learn from: {reasons}.")
-    short_name = Path(name).name
-    return SourceData(
-        name=short_name,
-        conversations=conversations,
-        read=tally.read,
-        dropped=dict(dropped),
-        fingerprint=fingerprint,
-        notes=_collect_notes(short_name, config, tally, conversations),
-    )
+    reader = open_source(config)
+    conversations = list(reader)
+    notes = reader.notes
+    if duplicates := len(conversations) - len(set(conversations)):
+        notes.append(f"{duplicates} exact duplicate{'s' if duplicates > 1 else ''}")
+    return SourceData(reader.name, conversations, reader.read, dict(reader.dropped), reader.fingerprint, notes)
 
 
-def _open(config: SourceConfig) -> tuple[str, Iterable[Record], str]:
-    """The source's name for errors, its records, and its fingerprint."""
-    if config.path == "identity":
-        identity = _generate_identity(config)
-        lines = json.dumps([record for _, record in identity], ensure_ascii=False)
-        return "identity", identity, hashlib.sha256(lines.encode()).hexdigest()
-    if config.path == "general":
-        content = _read_general()
-        return "general", _parse_lines("general", content.decode().split("\n")), hashlib.sha256(content).hexdigest()
-    path = Path(os.path.expanduser(config.path))
+def _recognise(record: Mapping[str, Any], where: str) -> str:
     try:
-        return str(path), _read_file(path, _choose_reader(path)), hash_file(path)
-    except OSError as error:
-        raise UsageError(f"{path} could not be read: {error.strerror}.") from error
+        return recognise(record)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
 
 
-def _generate_identity(config: SourceConfig) -> list[Record]:
-    assert config.name is not None  # the config's validators see to both
-    assert config.author is not None
-    return [
-        (conversation.where, {"messages": [message.to_dict() for message in conversation.messages]})
-        for conversation in identity_conversations(config.name, config.author)
-    ]
-
-
-def _read_general() -> bytes:
-    return (importlib.resources.files("lory.data") / "texts" / "general.jsonl").read_bytes()
-
-
-def _prepare(records: Iterable[Record], config: SourceConfig, tally: _Tally) -> Iterator[Record]:
-    """Count the records, map their columns, and let the first one decide on the format."""
-    for where, record in records:
-        tally.read += 1
-        tally.keys.update(record)
-        if config.columns:
-            record = _map_columns(record, config.columns, where)
-        if not tally.format:
-            try:
-                tally.format = recognise(record)
-            except UsageError as error:
-                raise UsageError(f"{where}: {error}") from None
-        yield where, record
+_REQUIRED = frozenset(key for format in FORMATS.values() for key in format.required)
 
 
 def _map_columns(record: Mapping[str, Any], columns: Mapping[str, str], where: str) -> dict[str, Any]:
-    required = {key for format in FORMATS.values() for key in format.required}
     for expected, name in columns.items():
-        if name not in record and expected in required:
-            near = _suggest(name, list(record))
+        if name not in record and expected in _REQUIRED:
+            near = suggest(name, list(record))
             raise UsageError(
                 f"{where}: 'columns' takes '{expected}' from '{name}', which is not there; {near}{_found(record)}."
             )
-    rest = {key: value for key, value in record.items() if key not in columns.values()}
+    taken = columns.values()
+    rest = {key: value for key, value in record.items() if key not in taken}
     return rest | {expected: record[name] for expected, name in columns.items() if name in record}
-
-
-def _draw(records: Iterable[Record], count: int, seed: int) -> list[Record]:
-    """`count` records at random, or all if there are fewer, in shuffled order.
-
-    A reservoir: each record is as likely as any other, and no more than `count` are ever held.
-    """
-    generator = random.Random(seed)
-    kept: list[Record] = []
-    for number, record in enumerate(records):
-        if number < count:
-            kept.append(record)
-        elif (place := generator.randrange(number + 1)) < count:
-            kept[place] = record
-    generator.shuffle(kept)
-    return kept
-
-
-def _convert_all(
-    records: Iterable[Record], config: SourceConfig, tally: _Tally
-) -> tuple[list[Conversation], Counter[str]]:
-    fill = {"name": config.name, "author": config.author} if config.name and config.author else None
-    system = fill_placeholders(config.system, fill, "The source's 'system'") if config.system else None
-    conversations: list[Conversation] = []
-    dropped: Counter[str] = Counter()
-    for where, record in records:
-        try:
-            conversation = convert(record, tally.format, where, fill)
-        except Dropped as drop:
-            dropped[drop.reason] += 1
-            continue
-        if system and conversation.messages and conversation.messages[0].role != "system":
-            conversation = replace(conversation, messages=(Message("system", system), *conversation.messages))
-        conversations.append(conversation)
-    return conversations, dropped
-
-
-def _collect_notes(name: str, config: SourceConfig, tally: _Tally, conversations: Sequence[Conversation]) -> list[str]:
-    notes = []
-    if config.sample is not None and config.sample > tally.read:
-        notes.append(f"sample: {config.sample} was asked for, {name} has {tally.read} records: all were taken")
-    elif config.sample is not None:
-        notes.append(f"sample: {config.sample} of {tally.read} records were drawn (seed {config.seed})")
-    used = {*FORMATS[tally.format].keys, *config.columns.values()}
-    if unused := sorted(tally.keys - used):
-        notes.append(f"keys that the format {tally.format} does not use: {', '.join(unused)}")
-    if duplicates := len(conversations) - len(set(conversations)):
-        notes.append(f"{duplicates} exact duplicate{'s' if duplicates > 1 else ''}")
-    like = [
-        match[0] for conversation in conversations if (match := _LIKE_PLACEHOLDER.search(_whole_text(conversation)))
-    ]
-    if like:
-        notes.append(f"{like[0]} looks like a placeholder ({len(like)} such records); it was kept as text")
-    return notes
-
-
-def _whole_text(conversation: Conversation) -> str:
-    return conversation.text or "\n".join(message.content for message in conversation.messages)
-
-
-# Files. A reader yields the records of one file, each with its place.
-
-
-def _choose_reader(path: Path) -> Callable[[Path], Iterator[Record]]:
-    """The reader for a path's ending, when there is a file to read."""
-    if path.is_dir():
-        inside = sorted(item.name for item in path.iterdir() if item.suffix.lower() in READERS and item.is_file())
-        remedy = f"such as {path / inside[0]}" if inside else f"ending in {_endings()}"
-        raise UsageError(f"{path} is a folder; name one of its files, {remedy}.")
-    if not path.exists():
-        raise UsageError(_explain_missing(path))
-    if path.suffix.lower() not in READERS:
-        raise UsageError(f"{path} ends in '{path.suffix}'; a data file ends in {_endings()}.")
-    return READERS[path.suffix.lower()]
-
-
-def _explain_missing(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"{path} does not exist, nor does the folder {path.parent}; relative paths start at {Path.cwd()}."
-    names = [item.name for item in path.parent.iterdir()] + (list(BUNDLED) if path.parent == Path() else [])
-    near = difflib.get_close_matches(path.name, names, n=1)
-    remedy = f"did you mean '{path.parent / near[0]}'?" if near else f"relative paths start at {Path.cwd()}."
-    return f"{path} does not exist; {remedy}"
-
-
-def _read_file(path: Path, reader: Callable[[Path], Iterator[Record]]) -> Iterator[Record]:
-    if path.stat().st_size == 0:
-        raise UsageError(f"{path} is empty; at least one record is expected.")
-    try:
-        yield from reader(path)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} line {_find_undecodable(path)} is not UTF-8; save the file as UTF-8.") from error
-    except OSError as error:
-        raise UsageError(f"{path} could not be read: {error.strerror or error}.") from error
-
-
-def _find_undecodable(path: Path) -> int:
-    """The number of the first line that is not UTF-8; a text file's decoder knows only its own block."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError:
-                return number
-    raise LoryError(f"{path} changed while it was read; try again.")
-
-
-def _read_json(path: Path) -> Iterator[Record]:
-    """An array of records, an object with the array under "data", or, whatever the ending says, JSON lines."""
-    text = path.read_text(encoding="utf-8-sig")
-    if not text.strip():
-        return
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and text.lstrip().startswith("{"):
-            yield from _read_jsonl(path)
-            return
-        raise UsageError(_explain_json(path, 1, error)) from error
-    del text  # it may be large
-    if isinstance(value, dict):
-        value = _find_list(value, path)
-    if not isinstance(value, list):
-        raise UsageError(f"{path} holds the single value {json.dumps(value)[:40]}; an array of records is expected.")
-    for number, record in enumerate(value, 1):
-        where = f"{path} record {number}"
-        yield where, _check_object(record, where)
-
-
-def _find_list(value: dict[str, Any], path: Path) -> list[Any]:
-    if isinstance(value.get("data"), list):
-        return value["data"]
-    try:
-        recognise(value)
-    except UsageError:
-        raise UsageError(
-            f"{path} holds one object, neither a record nor a list of records under 'data'; {_found(value)}."
-        ) from None
-    return [value]  # JSON lines of one line
-
-
-def _read_jsonl(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        yield from _parse_lines(str(path), file)
-
-
-def _parse_lines(name: str, lines: Iterable[str]) -> Iterator[Record]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            # with its newline, an error at the end of a line would be one of the next line
-            record = json.loads(line.rstrip())
-        except (ValueError, RecursionError) as error:
-            raise UsageError(_explain_json(name, number, error)) from error
-        where = f"{name} line {number}"
-        yield where, _check_object(record, where)
-
-
-def _explain_json(name: Path | str, line: int, error: ValueError | RecursionError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{name} line {line + error.lineno - 1} is not valid JSON: {error.msg} (column {error.colno})."
-    return f"{name} line {line} is not usable JSON: {error}."
-
-
-def _check_object(record: Any, where: str) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        kind = "a list" if isinstance(record, list) else f"the value {json.dumps(record)[:40]}"
-        raise UsageError(f'{where} is {kind}; an object such as {{"instruction": ..., "output": ...}} is expected.')
-    return record
-
-
-def _read_csv(path: Path) -> Iterator[Record]:
-    return _read_table(path, ",")
-
-
-def _read_tsv(path: Path) -> Iterator[Record]:
-    return _read_table(path, "\t")
-
-
-def _read_table(path: Path, delimiter: str) -> Iterator[Record]:
-    row = end = 0
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        # strict: a quote that is never closed would swallow the rest of the file
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        try:
-            header = next(reader, [])
-            if twice := [name for name, count in Counter(header).items() if count > 1]:
-                raise UsageError(f"{path} line 1: the header has the column '{twice[0]}' twice; rename one.")
-            end = reader.line_num
-            for cells in reader:
-                start, end = end + 1, reader.line_num
-                if not cells:
-                    continue
-                row += 1
-                where = f"{path} row {row} (line {start})"
-                if len(cells) != len(header):
-                    raise UsageError(f"{where} has {len(cells)} cells, but the header has {len(header)}.")
-                yield where, dict(zip(header, cells, strict=True))
-        except csv.Error as error:
-            raise UsageError(
-                f"{path} line {end + 1} begins a broken row: {error}; look for a quote that is never closed, "
-                "and use JSON lines for cells of more than 131,072 characters."
-            ) from error
-
-
-def _read_parquet(path: Path) -> Iterator[Record]:
-    import pyarrow
-    import pyarrow.parquet
-
-    row = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield f"{path} row {row}", record
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{path} is no readable Parquet file after row {row}: {str(error).splitlines()[0]}."
-        ) from error
-
-
-def _read_txt(path: Path) -> Iterator[Record]:
-    """One document a line; blank lines part nothing."""
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path} line {number}", {"text": line.removesuffix("\n").removesuffix("\r")}
-
-
-READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".parquet": _read_parquet,
-    ".txt": _read_txt,
-    "": _read_json,  # a file without an ending, such as ./identity
-}
-
-
-def _endings() -> str:
-    return ", ".join(ending for ending in READERS if ending)
-
-
-def _suggest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean '{near[0]}'? " if near else ""
 
 
 def _found(keys: Iterable[str]) -> str:
     return f"the keys found are {', '.join(sorted(keys)[:12])}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the first records of a source look like, and what becomes of them."""
+
+    name: str
+    keys: dict[str, dict[str, int]]
+    """For each key, how often its value is of which type."""
+    records: int
+    """How many records were looked at."""
+    format: str
+    """The format that they are read in; empty if none fits."""
+    close: dict[str, list[str]]
+    """Formats that need keys which are not there, but have others: the missing ones."""
+    unused: list[str]
+    first: str
+    """How the first record is read, or why it is not."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON."""
+        return asdict(self)
+
+
+def explain_source(config: SourceConfig, records: int = 100) -> Explanation:
+    """What is found in a source's first records, and how it is understood; a problem is told, not raised.
+
+    Raises:
+        UsageError: the source cannot be read at all, or has no records.
+    """
+    reader = SourceReader(config)
+    rows = [value for _, value in itertools.islice(reader._origin.rows.read(), records) if isinstance(value, dict)]
+    if not rows:
+        raise UsageError(f"{reader.name} has no records; at least one is expected.")
+    keys: dict[str, Counter[str]] = {}
+    for row in rows:
+        for key, value in row.items():
+            keys.setdefault(key, Counter())[_TYPES.get(type(value), type(value).__name__)] += 1
+    first = _map_columns(rows[0], config.columns, "the first record") if config.columns else rows[0]
+    if rewrite := reader._origin.rewrite:
+        first = rewrite(first)
+    format, told = reader._format, ""
+    if not isinstance(first, dict):
+        told = repr(first)
+    elif not format:
+        try:
+            format = recognise(first)
+        except UsageError as error:
+            told = str(error)
+    close = {
+        name: missing
+        for name, rules in FORMATS.items()
+        if (missing := [key for key in rules.required if key not in keys]) and len(missing) < len(rules.required)
+    }
+    used = {*(FORMATS[format].keys if format else ()), *config.columns.values()}
+    return Explanation(
+        name=reader.name,
+        keys={key: dict(types) for key, types in keys.items()},
+        records=len(rows),
+        format=format,
+        close=close,
+        unused=[] if reader._origin.format else sorted(set(keys) - used),
+        first=told or explain(first, format, reader._fill, reader._options),
+    )
+
+
+_TYPES = {str: "text", int: "number", float: "number", bool: "truth value", list: "list", dict: "object"}
+_TYPES |= {bytes: "bytes", type(None): "null"}

@@ -6,6 +6,8 @@ Shapes: N rows (batch and time together), R the rank.
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -101,20 +103,31 @@ def _run_adapted_linear(
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`adapted_linear`'s output, A dropout(x) (N, R), and the mask of what the dropout kept, in x's shape."""
-    kept, mask = x.to(lora_A.dtype), None
-    if dropout:
-        kept, mask = _drop(kept, dropout)
-    h = _rows(kept) @ lora_A.t()
+    mask = None
+    if dropout and not x.is_cpu:
+        kept, mask = torch.native_dropout(x.to(lora_A.dtype), dropout, True)
+        h = _rows(kept) @ lora_A.t()
+    else:
+        if dropout:  # as F.dropout draws it, in x's strides
+            mask = torch.empty_like(x, dtype=torch.uint8).bernoulli_(1.0 - dropout)
+        h = _multiply_kept(x, mask, lora_A, 1.0 - dropout)
     y = _add_product(F.linear(_rows(x), weight, bias), h, lora_B.t(), scaling)
     return y.view(x.shape[:-1] + y.shape[-1:]), h, mask
 
 
-def _drop(x: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
-    """F.dropout(x) under the same seed, and the mask of what it kept: a byte an element, in x's shape and strides."""
-    if not x.is_cpu:
-        return torch.native_dropout(x, dropout, True)
-    mask = torch.empty_like(x, dtype=torch.uint8).bernoulli_(1.0 - dropout)
-    return _apply_mask(x, mask).div_(1.0 - dropout), mask
+def _multiply_kept(x: Tensor, mask: Tensor | None, lora_A: Tensor, keep: float) -> Tensor:
+    """``A (mask * x / keep)``, (N, R)."""
+    h = _join([kept @ lora_A.t() for _, kept in _take_kept(x, mask, lora_A.dtype)])
+    return h if mask is None else h / keep
+
+
+def _take_kept(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """``mask * x`` in `dtype`, (N, in), block by block of the rows, each a copy that is not kept; x itself where it is
+    the same."""
+    rows, masks = _rows(x), None if mask is None else _rows(mask)
+    for block in _split_rows(rows, masks is None and x.dtype == dtype):
+        kept = rows[block].to(dtype)
+        yield block, kept if masks is None else _apply_mask(kept, masks[block])
 
 
 def _apply_mask(x: Tensor, mask: Tensor) -> Tensor:
@@ -125,10 +138,12 @@ def _apply_mask(x: Tensor, mask: Tensor) -> Tensor:
     return mask.to(x.dtype).mul_(x)
 
 
-def _split_rows(x: Tensor) -> list[slice]:
-    """Blocks of the rows of x (N, n): small ones on a CPU, one on other devices."""
-    size = _BLOCK * torch.get_num_threads() // max(1, x.shape[1]) if x.is_cpu else len(x)
-    return [slice(start, start + max(1, size)) for start in range(0, len(x), max(1, size))]
+def _split_rows(x: Tensor, whole: bool = False) -> list[slice]:
+    """Blocks of the rows of x (N, n): small ones on a CPU, one on other devices, or where `whole` says so."""
+    if whole or not x.is_cpu or not len(x):
+        return [slice(None)]
+    size = max(1, _BLOCK * torch.get_num_threads() // max(1, x.shape[1]))
+    return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -137,7 +152,8 @@ class _AdaptedLinear(torch.autograd.Function):
     What plain operations would keep for the backward and this does not: the dropped-out input, its copy in the
     adapter's dtype and, on a CPU, the dropout's noise. Kept are x itself (shared with whoever made it), the R-wide
     product and one byte of mask an element. Both sums, of the output and of x's gradient, are made in the matrix
-    product that adds to them. All rests on ``g = dL/dy``, ``h = A dropout(x)``:
+    product that adds to them, and copies in another dtype or under the mask exist for a block of rows at a time.
+    All rests on ``g = dL/dy``, ``h = A dropout(x)``:
     dL/dB = s g^T h, dL/dh = s g B, dL/dA = (dL/dh)^T dropout(x), dL/dx = g W + mask / (1 - p) * (dL/dh A).
     """
 
@@ -162,23 +178,18 @@ class _AdaptedLinear(torch.autograd.Function):
         x, weight, lora_A, lora_B, h, mask = ctx.saved_tensors
         need_x, need_weight, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
         grad = _rows(grad)
-        grad_wide = grad.to(lora_A.dtype)
-        grad_x = grad_A = grad_B = None
-        if need_A or torch.is_grad_enabled():
-            kept = x.to(lora_A.dtype)
-            if mask is not None:
-                kept = _apply_mask(kept, mask)  # without the factor 1/keep, which is cheaper on the R-wide products
-            kept = _rows(kept)
-        if need_B:
-            if torch.is_grad_enabled():  # for second derivatives: the h of the forward has no history
-                h = kept @ lora_A.t() / ctx.keep
-            # transposed at the end: the wide matrix is read along its rows
-            grad_B = (h.t() @ grad_wide).mul(ctx.scaling).t()
-        if need_x or need_A:
-            grad_h = (grad_wide @ lora_B) * (ctx.scaling / ctx.keep)
+        if need_B and torch.is_grad_enabled():  # for second derivatives: the h of the forward has no history
+            h = _multiply_kept(x, mask, lora_A, ctx.keep)
+        grad_B, grad_h = _split_gradient(grad, h if need_B else None, lora_B if need_x or need_A else None)
+        grad_x = grad_A = None
+        if grad_B is not None:
+            grad_B = grad_B.mul(ctx.scaling).t()
+        if grad_h is not None:
+            # 1 / keep goes here, where it costs least
+            grad_h = grad_h * (ctx.scaling / ctx.keep)
             if need_A:
-                grad_A = grad_h.t() @ kept
-                del kept  # before the next wide matrix is made
+                kept = _take_kept(x, mask, lora_A.dtype)
+                grad_A = _add_up(grad_h[rows].t() @ block for rows, block in kept)
             if need_x:
                 grad_x = grad @ weight
                 if mask is None:
@@ -191,17 +202,49 @@ class _AdaptedLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_A, grad_B, None, None
 
 
+def _split_gradient(grad: Tensor, h: Tensor | None, lora_B: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """``h^T g`` (R, out) and ``g B`` (N, R), each where its factor is given, with one cast of g for both."""
+    factor = h if h is not None else lora_B
+    if factor is None:
+        return None, None
+    product: Tensor | None = None
+    parts = []
+    for rows in _split_rows(grad, grad.dtype == factor.dtype):
+        wide = grad[rows].to(factor.dtype)
+        if h is not None:
+            # not g^T h, since the wide matrix is read along its rows
+            term = h[rows].t() @ wide
+            product = term if product is None else product.add_(term)
+        if lora_B is not None:
+            parts.append(wide @ lora_B)
+    return product, _join(parts) if parts else None
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _add_up(terms: Iterable[Tensor]) -> Tensor:
+    """The sum, made in the first term."""
+    return functools.reduce(Tensor.add_, terms)
+
+
 def _rows(x: Tensor) -> Tensor:
     """(..., n) to (N, n)."""
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
 def _add_product(y: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """``y + scaling * left right`` in y's dtype; `y` is overwritten where that saves memory."""
-    if torch.promote_types(y.dtype, left.dtype) == left.dtype:
-        # also for narrow y: casting it twice is faster than adding two dtypes, and rounds once
-        return y.to(left.dtype).addmm_(left, right, alpha=scaling).to(y.dtype)
-    return y.add_(left @ right, alpha=scaling)
+    """``y + scaling * left right`` in y's dtype, in y itself."""
+    if y.dtype == left.dtype:
+        return y.addmm_(left, right, alpha=scaling)
+    for rows in _split_rows(y):
+        if torch.promote_types(y.dtype, left.dtype) == left.dtype:
+            # casting a narrow y twice is faster than adding two dtypes, and rounds once
+            y[rows] = y[rows].to(left.dtype).addmm_(left[rows], right, alpha=scaling)
+        else:
+            y[rows].add_(left[rows] @ right, alpha=scaling)
+    return y
 
 
 def _add_masked_product(y: Tensor, left: Tensor, right: Tensor, mask: Tensor) -> None:

@@ -28,15 +28,20 @@ class LossSum(NamedTuple):
     loss: Tensor
     """() sum of -log p(token), with its gradient."""
     correct: Tensor
-    """() how many tokens the model would have chosen itself."""
+    """() the weight of the tokens that the model would have chosen itself."""
     weight: Tensor
-    """() how many tokens were learnt."""
+    """() the learnt tokens' weight: their number, where each counts 1."""
 
 
 def cross_entropy(
-    hidden: Tensor, head: Head, labels: Tensor, parameters: Sequence[Tensor] = (), chunk_tokens: int = CHUNK_TOKENS
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    parameters: Sequence[Tensor] = (),
+    chunk_tokens: int = CHUNK_TOKENS,
+    weights: Tensor | None = None,
 ) -> LossSum:
-    """Sum over learnt tokens of -log softmax(head(hidden))[label].
+    """Sum over learnt tokens of -log softmax(head(hidden))[label], each times its weight.
 
     Args:
         hidden: (N, H) states, each of which predicts the label at its own index (already shifted).
@@ -44,6 +49,7 @@ def cross_entropy(
         labels: (N) token ids, `IGNORE` where nothing is learnt.
         parameters: the head's own trainable tensors; they get a gradient, too.
         chunk_tokens: how many positions' logits exist at a time.
+        weights: (N) fp32, how much each position counts; None: 1 each.
 
     Returns:
         The sums. Where nothing is learnt the loss is a zero that keeps the graph.
@@ -52,14 +58,21 @@ def cross_entropy(
     chosen, targets = hidden[learnt], labels[learnt]
     # inside of the function gradients are always off, so it cannot tell an evaluation itself
     trainable = [parameter for parameter in parameters if parameter.requires_grad and torch.is_grad_enabled()]
-    loss, correct = _ChunkedCrossEntropy.apply(chosen, targets, head, chunk_tokens, *trainable)
-    return LossSum(loss, correct, learnt.sum())
+    counts = None if weights is None else weights[learnt]
+    loss, correct = _ChunkedCrossEntropy.apply(chosen, targets, counts, head, chunk_tokens, *trainable)
+    return LossSum(loss, correct, learnt.sum() if counts is None else counts.sum())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, head: Head, chunk_tokens: int, *parameters: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        head: Head,
+        chunk_tokens: int,
+        *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         needs_grad = any(ctx.needs_input_grad)
         grad_hidden = torch.zeros_like(hidden) if needs_grad else None
@@ -67,16 +80,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # added up in fp32 at least: in bf16 the sum over many chunks loses what single chunks bring
         grad_parameters = [torch.zeros_like(parameter, dtype=precise) for parameter in parameters] if needs_grad else []
         loss = hidden.new_zeros((), dtype=precise)
-        correct = torch.zeros((), dtype=torch.long, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.long if weights is None else loss.dtype, device=hidden.device)
         for start in range(0, len(targets), chunk_tokens):
             here = slice(start, start + chunk_tokens)
             with torch.set_grad_enabled(needs_grad):
                 states = hidden[here].detach().requires_grad_(needs_grad)
                 logits = head(states)
                 logits = logits.to(loss.dtype)
-                chunk_loss = F.cross_entropy(logits, targets[here], reduction="sum")
+                each = F.cross_entropy(logits, targets[here], reduction="none" if weights is not None else "sum")
+                chunk_loss = each if weights is None else (each * weights[here]).sum()
             loss += chunk_loss.detach()
-            correct += (logits.detach().argmax(-1) == targets[here]).sum()
+            right = logits.detach().argmax(-1) == targets[here]
+            correct += (right if weights is None else right * weights[here]).sum()
             if grad_hidden is not None:
                 grads = torch.autograd.grad(chunk_loss, [states, *parameters])
                 grad_hidden[here] = grads[0]
@@ -92,4 +107,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # the loss is a sum, so its gradient only has to be scaled by what comes from above
         grad_hidden, *grad_parameters = (grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
-        return grad_hidden, None, None, None, *grad_parameters
+        return grad_hidden, None, None, None, None, *grad_parameters

@@ -39,6 +39,11 @@ class Position:
     step: int = 0
     epoch: int = 0
     step_in_epoch: int = 0
+    """Of a stream: in its window."""
+    window: int = 0
+    """Of a stream: which of its windows this is."""
+    window_starts: tuple[int, ...] = ()
+    """Of a stream: for each source, the record at which the window starts."""
     best_loss: float | None = None
     best_step: int | None = None
     evals_since_best: int = 0
@@ -186,7 +191,7 @@ def load_checkpoint(folder: Path, parts: Parts) -> Position:
     _load_optimizer(load_file(folder / OPTIMIZER_FILE), parts.optimizer)
     _load_schedule(parts.schedule, state["schedule"]["last_epoch"])
     _restore_rng(load_file(folder / RNG_FILE), parts.accelerator)
-    return Position(**state["position"])
+    return Position(**{**state["position"], "window_starts": tuple(state["position"]["window_starts"])})
 
 
 def _load_schedule(schedule: LRScheduler, last_epoch: int) -> None:

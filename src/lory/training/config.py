@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lory.adapters.inject import AdapterConfig
 from lory.adapters.kinds import AnyAdapterConfig
@@ -32,6 +32,12 @@ class Config(Section):
     train: TrainConfig = Field(default_factory=TrainConfig, description="How it is learnt.")
     samples: SamplesConfig = Field(default_factory=SamplesConfig, description="Chats shown while it learns.")
     output: str = Field("runs/my-assistant", min_length=1, description="Folder in which each run gets its own folder.")
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> Config:
+        if self.data.streaming and self.train.max_steps is None:
+            raise ValueError("data.streaming needs train.max_steps, since a stream's length is not known before")
+        return self
 
 
 def list_bundled() -> dict[str, str]:

@@ -21,7 +21,15 @@ from lory.training.config import CONFIG_FILE, Config
 
 # Fields that may differ between a checkpoint and its resumption, since what is learnt does not depend on them.
 # Evaluations are not among them: the best checkpoint and early stopping come from these.
-FREE_FIELDS = ("output", "samples", "train.log_every_steps", "train.save_every_steps", "train.keep_checkpoints")
+FREE_FIELDS = (
+    "output",
+    "samples",
+    "data.cache",
+    "data.workers",
+    "train.log_every_steps",
+    "train.save_every_steps",
+    "train.keep_checkpoints",
+)
 _PACKAGES = ("lory-llm", "torch", "transformers", "accelerate", "safetensors", "numpy")
 
 
@@ -100,7 +108,7 @@ def check_resumable(folder: Path, config: Config, data: dict[str, Any]) -> None:
     changed = [
         source["name"]
         for source, earlier in zip(data["sources"], old["sources"], strict=False)
-        if source["fingerprint"] != earlier["fingerprint"]
+        if source.get("fingerprint") != earlier.get("fingerprint")
     ]
     what = f"the data of {', '.join(changed)}" if changed else "what the data becomes (tokenizer, template or code)"
     raise UsageError(f"{what} has changed since {folder} began; put it back, or train without --resume.")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,100 +15,21 @@ from typing import Any
 import psutil
 import torch
 
-from lory.adapters.virtual_tokens import Leading, find_leading
-from lory.data.collate import Batch, collate
-from lory.data.dataset import Dataset
-from lory.data.packing import pack
+from lory.data.samples import Samples
 from lory.runtime import LoryError
 from lory.training.checkpoint import Parts, Position, save_checkpoint, tidy_checkpoints
 from lory.training.config import Config
+from lory.training.feed import Batching, Feed
 from lory.training.monitor import Monitor
-from lory.training.optim import TrainConfig
 from lory.training.samples import answer_prompts
 from lory.training.step import StepResult, evaluate_loss, train_step
-from lory.types import IGNORE, Sample
 
 if sys.platform != "win32":
     import resource
 
 
-NO_LEADING = Leading()
-
-
 class Interrupted(LoryError):
     """A signal asked the run to stop; it did, after a whole step and a checkpoint."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which samples are learnt together: rows (lists of sample indices), and how many rows make a step."""
-
-    rows: list[list[int]]
-    batch_size: int
-    accumulate: int
-    processes: int
-    seed: int
-
-    @property
-    def rows_per_step(self) -> int:
-        """Rows that all ranks and micro-batches of one optimizer step take together."""
-        return self.batch_size * self.accumulate * self.processes
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps of one epoch; the last may have fewer rows."""
-        return math.ceil(len(self.rows) / self.rows_per_step)
-
-    def order(self, epoch: int) -> list[int]:
-        """The rows' order in an epoch, a function of seed and epoch alone, so that a resumed run finds its place."""
-        return _permute(len(self.rows), self.seed * 1_000_003 + epoch)
-
-    def micro_batches(self, epoch: int, step: int, rank: int) -> list[list[int]]:
-        """Sample indices of each micro-batch of this rank in an epoch's step; at the end some may be empty."""
-        rows = self.order(epoch)[step * self.rows_per_step : (step + 1) * self.rows_per_step]
-        batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
-        # every rank must run the same number of passes, or they would wait for each other for ever
-        batches += [[] for _ in range(-len(batches) % self.processes)]
-        return [[index for row in batch for index in self.rows[row]] for batch in batches[rank :: self.processes]]
-
-
-@functools.lru_cache(maxsize=1)
-def _permute(count: int, seed: int) -> list[int]:
-    """The numbers below `count` in random order; the last answer is kept, since every step of an epoch asks."""
-    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order
-
-
-def plan_rows(samples: Sequence[Sample], packing: bool, max_tokens: int, leading: int = 0) -> list[list[int]]:
-    """Rows of the samples that have something to learn: packed, or one sample a row.
-
-    Args:
-        max_tokens: length of a packed row, and of the longest sample.
-        leading: tokens of a soft prompt that each sample will begin with, for which a row is longer by once as many.
-    """
-    useful = [index for index, sample in enumerate(samples) if sample.supervised]
-    if not packing:
-        return [[index] for index in useful]
-    lengths = [len(samples[index]) + leading for index in useful]
-    return [[useful[i] for i in row] for row in pack(lengths, max_tokens + leading)]
-
-
-def make_batches(
-    samples: Sequence[Sample],
-    indices: Sequence[Sequence[int]],
-    padded: bool,
-    pad_id: int,
-    leading: Leading = NO_LEADING,
-) -> list[Batch]:
-    """Collated micro-batches; an empty one becomes a batch in which nothing is learnt."""
-    batches = []
-    for batch in indices:
-        chosen = [samples[index] for index in batch]
-        if not chosen:
-            ids = samples[0].input_ids[:2]
-            chosen = [Sample(ids, (IGNORE,) * len(ids))]
-        batches.append(collate([leading.prepend(sample) for sample in chosen], padded, pad_id))
-    return batches
 
 
 class Loop:
@@ -125,20 +44,17 @@ class Loop:
         config: Config,
         objective: torch.nn.Module,
         parts: Parts,
-        plan: Plan,
-        dataset: Dataset,
-        padded: bool,
+        feed: Feed,
+        batching: Batching,
+        evaluation: Mapping[str, Samples],
         monitor: Monitor | None,
     ) -> None:
         self.folder, self.config, self.samples_config = folder, config.train, config.samples
-        self.objective, self.parts, self.plan = objective, parts, plan
-        self.train, self.evaluation, self.max_tokens = dataset.train, dataset.eval, config.data.max_tokens
-        self.padded, self.monitor = padded, monitor
+        self.objective, self.parts, self.feed, self.batching = objective, parts, feed, batching
+        self.evaluation, self.monitor = evaluation, monitor
         self.accelerator = parts.accelerator
-        self.total_steps = count_steps(config.train, plan)
-        self.pad_id = parts.tokenizer.pad_token_id or 0
+        self.total_steps = feed.total_steps
         self.saved_step = -1
-        self.leading = find_leading(parts.model, packed=not padded)
 
     def run(self, position: Position) -> Position:
         """Go on from `position` to the end.
@@ -163,14 +79,13 @@ class Loop:
                 self._look_after(position)
                 if self._is_any(bool(signals)) and not self._is_over(position):
                     self._stop(position, signals)
-        if self.monitor and position.step < self.total_steps:
+        if self.monitor and not self._is_done(position):
             self.monitor.say(f"Stopped early: {position.evals_since_best} evaluations, no lower loss.")
         return position
 
     def _take_step(self, position: Position) -> tuple[StepResult, float]:
         start = time.perf_counter()
-        indices = self.plan.micro_batches(position.epoch, position.step_in_epoch, self.accelerator.process_index)
-        batches = make_batches(self.train, indices, self.padded, self.pad_id, self.leading)
+        batches = self.feed.take(position, self.accelerator.process_index)
         parts, limit = self.parts, self.config.max_grad_norm
         result = train_step(self.objective, batches, parts.optimizer, parts.schedule, self.accelerator, limit)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
@@ -179,10 +94,7 @@ class Loop:
                 "run stopped before updating the weights. Lower train.learning_rate or look at the data of this step; "
                 f"the checkpoints in {self.folder} are as they were."
             )
-        position.step += 1
-        position.step_in_epoch += 1
-        if position.step_in_epoch == self.plan.steps_per_epoch:
-            position.epoch, position.step_in_epoch = position.epoch + 1, 0
+        self.feed.advance(position)
         return result, time.perf_counter() - start
 
     def _log(self, position: Position, result: StepResult, learning_rate: float, seconds: float) -> None:
@@ -203,7 +115,7 @@ class Loop:
 
     def _look_after(self, position: Position) -> None:
         """Evaluate, answer the sample prompts and save, where this step is one for it, as the last one is."""
-        if position.step == self.total_steps or position.step % self.config.eval_every_steps == 0:
+        if self._is_done(position) or position.step % self.config.eval_every_steps == 0:
             self.evaluate(position)
         last = self._is_over(position)
         if last or position.step % self.samples_config.every_steps == 0:
@@ -216,7 +128,11 @@ class Loop:
     def _is_over(self, position: Position) -> bool:
         """Whether all steps are done, or so many evaluations brought no lower loss that more would be in vain."""
         patience = self.config.early_stop_evals
-        return position.step >= self.total_steps or (patience is not None and position.evals_since_best >= patience)
+        return self._is_done(position) or (patience is not None and position.evals_since_best >= patience)
+
+    def _is_done(self, position: Position) -> bool:
+        """Whether all steps are done; of a stream, whose length is not known before, perhaps sooner than planned."""
+        return position.step >= self.total_steps or position.epoch >= self.config.epochs
 
     def _is_any(self, here: bool) -> bool:
         """Whether it is so on any rank; all ranks have to stop at the same step."""
@@ -255,7 +171,11 @@ class Loop:
         """Loss, perplexity and token accuracy over all evaluation samples and per source; remembers the best."""
         if not self.evaluation:
             return
-        sums = {name: self._evaluate_samples(samples) for name, samples in self.evaluation.items()}
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        sums = {
+            name: evaluate_loss(self.objective, self.batching.evaluation(samples, rank, processes), self.accelerator)
+            for name, samples in self.evaluation.items()
+        }
         values = _describe(torch.stack(list(sums.values())).sum(0))
         values["sources"] = {name: _describe(value) for name, value in sums.items()}
         if not math.isfinite(values["loss"]):
@@ -271,18 +191,6 @@ class Loop:
                 position.evals_since_best += 1
         if self.monitor:
             self.monitor.log_eval(position.step, values)
-
-    def _evaluate_samples(self, samples: Sequence[Sample]) -> torch.Tensor:
-        rows = plan_rows(samples, not self.padded, self.max_tokens, len(self.leading))
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        batches = make_batches(samples, rows[rank::processes], self.padded, self.pad_id, self.leading)
-        return evaluate_loss(self.objective, batches, self.accelerator)
-
-
-def count_steps(config: TrainConfig, plan: Plan) -> int:
-    """Optimizer steps of the whole run."""
-    steps = config.epochs * plan.steps_per_epoch
-    return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
 def _describe(sums: torch.Tensor) -> dict[str, Any]:

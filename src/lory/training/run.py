@@ -13,6 +13,7 @@ from lory.adapters.files import CONFIG_FILE as ADAPTER_FILE
 from lory.adapters.inject import AdapterConfig, Match
 from lory.adapters.kinds import KINDS, attach
 from lory.adapters.lint import lint_adapter
+from lory.adapters.virtual_tokens import find_leading
 from lory.config import apply_overrides, build
 from lory.data.dataset import DataConfig, Dataset, build_dataset
 from lory.data.packing import efficiency
@@ -23,10 +24,12 @@ from lory.models.resolve import Resolved, find_checkpoint, find_run, fingerprint
 from lory.runtime import UsageError, lock_file, log
 from lory.training.checkpoint import Parts, Position, drop_newer, load_checkpoint
 from lory.training.config import Config, read_config
+from lory.training.feed import Batching, Feed, SampleFeed, StreamFeed
 from lory.training.folder import check_output, check_resumable, describe_run, make_folder
-from lory.training.loop import Loop, Plan, count_steps, plan_rows
+from lory.training.loop import Loop
 from lory.training.monitor import Monitor, rewind
 from lory.training.optim import build_optimizer, build_schedule
+from lory.training.plan import Plan, count_steps, plan_rows
 from lory.training.plots import plot_runs
 from lory.training.step import Objective
 
@@ -53,15 +56,14 @@ class Prepared:
 
     def report(self, plan: Plan) -> dict[str, Any]:
         """data.json: what became of every source, and how its samples are laid out."""
-        lengths = [len(sample) for sample in self.dataset.train]
-        packing = self.config.data.packing
-        share = efficiency(plan.rows, lengths, self.config.data.max_tokens) if packing else None
+        tokens, capacity = int(self.dataset.train.lengths.sum()), self.config.data.max_tokens
+        share = efficiency(tokens, len(plan.rows), capacity) if self.config.data.packing else None
         return {
             **self.dataset.report(),
             "base": fingerprint_weights(self.resolved.base_path),
             "rows": len(plan.rows),
             "packing_efficiency": share,
-            "steps": count_steps(self.config.train, plan),
+            "steps": count_steps(self.config.train, plan, self.config.data.streaming),
         }
 
 
@@ -158,7 +160,7 @@ def _build(prepared: Prepared, plan: Plan, accelerator: Accelerator) -> _Built:
     objective = Objective(model)
     ratio = config.adapter.lora_plus_ratio if isinstance(config.adapter, AdapterConfig) else None
     optimizer = build_optimizer(model, config.train, ratio)
-    schedule = build_schedule(optimizer, config.train, count_steps(config.train, plan))
+    schedule = build_schedule(optimizer, config.train, count_steps(config.train, plan, config.data.streaming))
     kind = KINDS[config.adapter.type]
     parts = Parts(model, prepared.tokenizer, prepared.resolved.base, kind, optimizer, schedule, accelerator)
     return _Built(parts, objective, matches, padded)
@@ -189,12 +191,19 @@ def _train_in(folder: Path, prepared: Prepared, plan: Plan, built: _Built, resum
     position = _find_position(folder, resume, parts)
     with contextlib.ExitStack() as stack:
         monitor = None
+        total, every = count_steps(config.train, plan, config.data.streaming), config.train.log_every_steps
         if accelerator.is_main_process:
-            total, every = count_steps(config.train, plan), config.train.log_every_steps
             monitor = stack.enter_context(Monitor(folder, total, position.step, every))
         several = accelerator.num_processes > 1
         objective = accelerator.prepare_model(built.objective) if several else built.objective
-        loop = Loop(folder, config, objective, parts, plan, prepared.dataset, built.padded, monitor)
+        batching = _choose_batching(config, parts, built.padded)
+        dataset = prepared.dataset
+        feed: Feed
+        if dataset.stream:
+            feed = StreamFeed(dataset.stream, plan, batching, total)
+        else:
+            feed = SampleFeed(dataset.train, plan, batching, total)
+        loop = Loop(folder, config, objective, parts, feed, batching, dataset.eval, monitor)
         loop.run(position)
     if accelerator.is_main_process:
         plot_runs([folder], folder / "plots")
@@ -202,6 +211,13 @@ def _train_in(folder: Path, prepared: Prepared, plan: Plan, built: _Built, resum
             for line in lint_adapter(folder / "last"):
                 log.info("note: %s", line)
     return RunResult(folder, position.step, position.best_step, position.best_loss)
+
+
+def _choose_batching(config: Config, parts: Parts, padded: bool) -> Batching:
+    data = config.data
+    leading = find_leading(parts.model, packed=not padded)
+    pad_id = parts.tokenizer.pad_token_id or 0
+    return Batching(padded, pad_id, leading, data.packing, data.max_tokens, data.duplicates == "fold")
 
 
 def build_model(prepared: Prepared, accelerator: Accelerator) -> tuple[PreTrainedModel, list[Match]]:
@@ -261,11 +277,18 @@ def describe_sources(report: Mapping[str, Any]) -> list[str]:
     """What became of each source, line by line."""
     lines = []
     for source in report["sources"]:
-        samples = source["samples"]
-        lines.append(
-            f"{source['name']}: {source['read']:,} read, {samples['train']:,} to train on, {samples['eval']:,} to "
-            f"evaluate on, {source['tokens']:,} tokens, {source['supervised_tokens']:,} learnt"
-        )
+        if source.get("streamed"):
+            lines.append(f"{source['name']}: streamed, {source['read_so_far']:,} read for the first window")
+        else:
+            lines.append(_count_source(source))
         lines += [f"  dropped {count:,}: {reason}" for reason, count in source["dropped"].items()]
         lines += [f"  note: {note}" for note in source["notes"]]
     return lines
+
+
+def _count_source(source: Mapping[str, Any]) -> str:
+    samples = source["samples"]
+    return (
+        f"{source['name']}: {source['read']:,} read, {samples['train']:,} to train on, {samples['eval']:,} to "
+        f"evaluate on, {source['tokens']:,} tokens, {source['supervised_tokens']:,} learnt"
+    )

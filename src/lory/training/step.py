@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,7 +42,8 @@ class Objective(nn.Module):
         # a cache would make the model forget where documents begin
         hidden = body(input_ids=batch.input_ids, use_cache=False, **arguments).last_hidden_state
         parameters = list(head.linear.parameters())
-        return cross_entropy(hidden.flatten(0, 1), head, batch.targets.flatten(), parameters)
+        weights = None if batch.weights is None else batch.weights.flatten()
+        return cross_entropy(hidden.flatten(0, 1), head, batch.targets.flatten(), parameters, weights=weights)
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,14 @@ class StepResult:
     token_accuracy: float
     grad_norm: float
     tokens: int
+    """Tokens that went through the model."""
     supervised_tokens: int
+    """Tokens that were learnt, those of folded samples as often as they are there."""
 
 
-def attention_for(model: PreTrainedModel, batches: Sequence[Batch]) -> contextlib.AbstractContextManager[None]:
-    """The attention that these batches need: documents apart, or the model's own for padded ones."""
-    return documents_apart(model) if batches[0].attention_mask is None else contextlib.nullcontext()
+def attention_for(model: PreTrainedModel, batch: Batch) -> contextlib.AbstractContextManager[None]:
+    """The attention that such batches need: documents apart, or the model's own for padded ones."""
+    return documents_apart(model) if batch.attention_mask is None else contextlib.nullcontext()
 
 
 def train_step(
@@ -72,31 +75,33 @@ def train_step(
 ) -> StepResult:
     """Forward and backward over `batches` (this rank's micro-batches), then one update.
 
-    Every micro-batch's loss sum is divided by the supervised tokens of all micro-batches of all ranks, so that the
-    gradient does not depend on how the samples were spread over them. When the loss or the gradient is not finite,
-    nothing is updated; the caller looks at the result.
+    Every micro-batch's loss sum is divided by the weight of all learnt tokens of all micro-batches of all ranks, so
+    that the gradient does not depend on how the samples were spread over them. When the loss or the gradient is not
+    finite, nothing is updated; the caller looks at the result.
     """
     model = accelerator.unwrap_model(objective).model
     device = accelerator.device
-    counts = torch.tensor([sum(b.supervised for b in batches), sum(b.tokens for b in batches)], device=device)
-    supervised, tokens = accelerator.reduce(counts, "sum").tolist()
+    counts = [[batch.weight, batch.learnt, batch.tokens] for batch in batches]
+    totals = torch.tensor(counts, dtype=torch.float64, device=device).sum(0)
+    weight, supervised, tokens = accelerator.reduce(totals, "sum").tolist()
+    weight = weight or 1.0  # nothing is learnt: all sums are 0
     # data parallelism averages gradients over the ranks; the sum is what is wanted
-    factor = accelerator.num_processes / max(supervised, 1)
+    factor = accelerator.num_processes / weight
     sums = torch.zeros(2, dtype=torch.float64, device=device)
-    with attention_for(model, batches):
+    with attention_for(model, batches[0]):
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(objective):
                 result: LossSum = objective(batch.to(device))
                 accelerator.backward(result.loss * factor)
             sums += torch.stack([result.loss.detach().double(), result.correct.double()])
-    loss, correct = (accelerator.reduce(sums, "sum") / max(supervised, 1)).tolist()
+    loss, correct = (accelerator.reduce(sums, "sum") / weight).tolist()
     grad_norm = _clip(objective, max_grad_norm)
     if torch.isfinite(torch.tensor([loss, grad_norm])).all():
         optimizer.step()
         schedule.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, correct, grad_norm, tokens, supervised)
+    return StepResult(loss, correct, grad_norm, int(tokens), int(supervised))
 
 
 def _clip(objective: nn.Module, max_grad_norm: float) -> float:
@@ -107,17 +112,18 @@ def _clip(objective: nn.Module, max_grad_norm: float) -> float:
 
 
 @torch.no_grad()
-def evaluate_loss(objective: nn.Module, batches: Sequence[Batch], accelerator: Accelerator) -> Tensor:
-    """Sums over this rank's `batches`: (3) of loss, correct and supervised tokens, in fp64, reduced over all ranks."""
+def evaluate_loss(objective: nn.Module, batches: Iterable[Batch], accelerator: Accelerator) -> Tensor:
+    """Sums over this rank's `batches`: (3) of loss, correct and learnt weight, in fp64, reduced over all ranks."""
     module = accelerator.unwrap_model(objective)
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     training = module.training
     module.eval()
     try:
-        if batches:
-            with attention_for(module.model, batches):
-                for batch in batches:
-                    sums += torch.stack([value.double() for value in module(batch.to(accelerator.device))])
+        with contextlib.ExitStack() as stack:
+            for number, batch in enumerate(batches):
+                if not number:
+                    stack.enter_context(attention_for(module.model, batch))
+                sums += torch.stack([value.double() for value in module(batch.to(accelerator.device))])
     finally:
         module.train(training)
     reduced: Tensor = accelerator.reduce(sums, "sum")

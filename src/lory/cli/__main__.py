@@ -1,0 +1,5 @@
+"""`python -m lory.cli`."""
+
+from lory.cli import main
+
+main()

@@ -1,0 +1,64 @@
+"""What several commands share: their arguments, and how they print."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(help="A run, a checkpoint, an adapter or model folder, a hub id, or smollm2.", metavar="MODEL"),
+]
+ConfigSource = Annotated[
+    str, typer.Argument(help="A YAML file, the name of a bundled config, or a run's folder.", metavar="CONFIG")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Fields to set, as in train.epochs=5.", metavar="[SECTION.FIELD=VALUE]...")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+
+
+class Bits(str, Enum):
+    """Ways to hold a base in few bits."""
+
+    nf4 = "nf4"
+    int8 = "int8"
+
+
+class SumMode(str, Enum):
+    """How adapters are added up."""
+
+    cat = "cat"
+    linear = "linear"
+
+
+class Dtype(str, Enum):
+    """Precisions a model can be written in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=False))
+
+
+def progress_bar(title: str) -> Any:
+    """A progress bar on standard error as a context manager that gives a function (done, total)."""
+    import contextlib
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    @contextlib.contextmanager
+    def bar() -> Any:
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+            task = progress.add_task(title, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+
+    return bar()

@@ -1,0 +1,119 @@
+"""The cache of encoded data: found again by what went into it, whatever the file is called."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lory.data.encode import Encoder
+from lory.data.sources import SourceConfig, SourceReader, open_source
+from lory.data.store import SUMMARY, Store, Summary, Writer
+from lory.data.workers import encode_all
+from lory.runtime import LoryError, cache_folder, log, write_aside
+
+# Raise it when reading, conversion or encoding change, so that old stores are not used
+_VERSION = 1
+_MOST_BYTES = 20 * 2**30
+"""When the cache holds more, the stores that were not used for the longest time are deleted."""
+
+
+def encode_source(config: SourceConfig, encoder: Encoder, use_cache: bool, workers: int | None) -> Store:
+    """A source's records, read, converted and encoded; taken from the cache when nothing has changed.
+
+    Args:
+        use_cache: keep the result for later runs; otherwise it goes when the process ends.
+        workers: processes that encode (see `lory.data.workers.encode_all`).
+
+    Raises:
+        UsageError: bad data; the sentence names file and line.
+    """
+    reader = open_source(config)
+    if not use_cache:
+        return _encode_into(_temporary_folder(), reader, encoder, workers)
+    folder = cache_folder() / "data" / _find_key(config, reader.fingerprint, encoder)
+    if (folder / SUMMARY).exists():
+        with contextlib.suppress(LoryError):  # a damaged one is made anew
+            store = Store(folder)
+            os.utime(folder)
+            return store
+    shutil.rmtree(folder, ignore_errors=True)
+    with _take_place(folder) as aside:
+        _encode_into(aside, reader, encoder, workers)
+    _prune(folder)
+    return Store(folder)
+
+
+def _encode_into(folder: Path, reader: SourceReader, encoder: Encoder, workers: int | None) -> Store:
+    encoder.notes = Counter()
+    with Writer(folder) as writer:
+        encode_all(reader, encoder, writer, workers)
+        notes = [*reader.notes, *(f"{what}: {count}" for what, count in encoder.notes.items())]
+        dropped = Counter(reader.dropped) + writer.dropped
+        writer.finish(Summary(reader.read, dropped, notes, reader.fingerprint, hash_tokenizer(encoder)))
+    return Store(folder)
+
+
+@contextlib.contextmanager
+def _take_place(folder: Path) -> Iterator[Path]:
+    """`write_aside`, but a store that another run finished meanwhile is as good."""
+    try:
+        with write_aside(folder) as aside:
+            yield aside
+    except LoryError:
+        if not (folder / SUMMARY).exists():
+            raise
+
+
+def _temporary_folder() -> Path:
+    import atexit
+
+    folder = Path(tempfile.mkdtemp(prefix="lory-data-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _find_key(config: SourceConfig, fingerprint: str, encoder: Encoder) -> str:
+    """A hash of all that the samples depend on: content, how it is read, template, tokenizer and rules."""
+    parts: dict[str, Any] = {
+        "version": _VERSION,
+        "content": fingerprint,
+        # a file's name is not among what is learnt
+        "source": config.model_dump(mode="json", exclude={"path", "weight"}),
+        "tokenizer": hash_tokenizer(encoder),
+        "terminators": encoder.terminators,
+        "rules": [encoder.max_tokens, encoder.on_long, encoder.loss_on],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def hash_tokenizer(encoder: Encoder) -> str:
+    """SHA-256 of the whole tokenizer: vocabulary, merges, special tokens, settings and chat template."""
+    tokenizer = encoder.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    whole = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    parts = [type(tokenizer).__name__, whole, str(tokenizer.special_tokens_map), str(tokenizer.chat_template)]
+    return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
+
+
+def _prune(newest: Path) -> None:
+    """Keep the cache below its limit."""
+    sizes = {
+        folder: sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+        for folder in newest.parent.iterdir()
+        if folder.is_dir()
+    }
+    total = sum(sizes.values())
+    for folder in sorted(sizes, key=lambda folder: folder.stat().st_mtime):
+        if total <= _MOST_BYTES or folder == newest:
+            break
+        shutil.rmtree(folder, ignore_errors=True)
+        total -= sizes[folder]
+        log.info("Deleted %s from the cache of encoded data, which is above its limit.", folder)

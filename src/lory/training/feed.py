@@ -1,0 +1,108 @@
+"""What each optimizer step is fed with, by the run's position: a resumed run goes on with what would have come next."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from lory.adapters.virtual_tokens import Leading
+from lory.data.collate import Batch
+from lory.data.samples import Samples
+from lory.data.stream import Stream, Window
+from lory.training.checkpoint import Position
+from lory.training.plan import Plan, fold, make_batch, plan_rows
+
+
+class Feed(Protocol):
+    """The training data, step by step."""
+
+    total_steps: int
+
+    def take(self, position: Position, rank: int) -> list[Batch]:
+        """The micro-batches of a rank for the step that `position` stands before."""
+
+    def advance(self, position: Position) -> None:
+        """Move `position` behind that step."""
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How samples become batches."""
+
+    padded: bool
+    pad_id: int
+    leading: Leading
+    packing: bool
+    max_tokens: int
+    folding: bool
+
+    def make(self, samples: Samples, plan: Plan, epoch: int, step: int, rank: int) -> list[Batch]:
+        """The micro-batches of a step; equal samples are computed once, where that is wanted."""
+        batches = plan.micro_batches(epoch, step, rank)
+        counts = [Counter(batch) for batch in batches]
+        if self.folding:
+            most = plan.batch_size * self.max_tokens if self.packing else sum(map(len, batches)) * self.max_tokens
+            counts = fold(batches, samples, most, len(samples) if self.packing else plan.batch_size)
+            # ranks have to run the same number of passes, or they would wait for each other for ever
+            if plan.processes > 1:
+                counts += [Counter() for _ in range(len(batches) - len(counts))]
+        return [make_batch(samples, count, self.padded, self.pad_id, self.leading) for count in counts]
+
+    def evaluation(self, samples: Samples, rank: int, processes: int) -> Iterator[Batch]:
+        """This rank's share of an evaluation set, a row at a time."""
+        rows = plan_rows(samples, not self.padded, self.max_tokens, len(self.leading))
+        # equal samples are never computed twice here: without dropout there is nothing to gain
+        for counts in fold(rows[rank::processes], samples, 0, 0):
+            if counts:
+                yield make_batch(samples, counts, self.padded, self.pad_id, self.leading)
+
+
+class SampleFeed:
+    """A finite set of samples, in an order of its own in each epoch."""
+
+    def __init__(self, samples: Samples, plan: Plan, batching: Batching, total_steps: int) -> None:
+        self.samples, self.plan, self.batching, self.total_steps = samples, plan, batching, total_steps
+
+    def take(self, position: Position, rank: int) -> list[Batch]:
+        return self.batching.make(self.samples, self.plan, position.epoch, position.step_in_epoch, rank)
+
+    def advance(self, position: Position) -> None:
+        position.step += 1
+        position.step_in_epoch += 1
+        if position.step_in_epoch == self.plan.steps_per_epoch:
+            position.epoch, position.step_in_epoch = position.epoch + 1, 0
+
+
+class StreamFeed:
+    """Windows of a stream, each in an order of its own."""
+
+    def __init__(self, stream: Stream, plan: Plan, batching: Batching, total_steps: int) -> None:
+        """`plan`: how many rows make a step; its rows are those of the first window."""
+        self.stream, self.plan, self.batching, self.total_steps = stream, plan, batching, total_steps
+        self._window: Window | None = None
+        self._starts: tuple[int, ...] | None = None
+
+    def take(self, position: Position, rank: int) -> list[Batch]:
+        window = self._load(position.window_starts)
+        number = 1000 * position.window + position.epoch
+        return self.batching.make(window.samples, self.plan, number, position.step_in_epoch, rank)
+
+    def advance(self, position: Position) -> None:
+        ends = self._load(position.window_starts).ends
+        position.step += 1
+        position.step_in_epoch += 1
+        if position.step_in_epoch < self.plan.steps_per_epoch or position.step == self.total_steps:
+            return
+        position.step_in_epoch, position.window, position.window_starts = 0, position.window + 1, ends
+        if not self._load(ends).samples.supervised.any():
+            position.epoch, position.window, position.window_starts = position.epoch + 1, 0, ()
+
+    def _load(self, starts: tuple[int, ...]) -> Window:
+        if self._window is None or self._starts != starts:
+            self._window, self._starts = self.stream.read(starts), starts
+            batching = self.batching
+            rows = plan_rows(self._window.samples, batching.packing, batching.max_tokens, len(batching.leading))
+            self.plan = replace(self.plan, rows=rows)
+        return self._window
