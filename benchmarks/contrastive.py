@@ -82,6 +82,8 @@ def measure_repetition(model: PreTrainedModel, prefixes: torch.Tensor, **options
         answers += [list(itertools.takewhile(lambda token: token != ends, ids)) for ids in output[:, PREFIX:].tolist()]
     return {
         "seq_rep_4": statistics.mean(seq_rep_n(ids, 4) for ids in answers),
+        "seq_rep_4_of_first_50": statistics.mean(seq_rep_n(ids[:50], 4) for ids in answers),
+        "tokens": statistics.mean(len(ids) for ids in answers),
         "diversity": statistics.mean(diversity(ids) for ids in answers),
     }
 

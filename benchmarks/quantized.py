@@ -3,8 +3,8 @@
     python -m benchmarks.quantized [--steps 60] [--kinds fp32 nf4 nf4-pure int8] [--output runs/quantized] [--json]
 
 Each kind is trained as `lory train` does, with the same data in the same order, and then merged as `lory merge` does,
-its check against base plus adapter with it. What counts is the held-out loss over that of the fp32 run. A run that
-`--output` already has is not repeated.
+its check against base plus adapter with it. What counts is the held-out loss over that of the fp32 run. Runs that
+`--output` already has are gone on with, which takes no steps where they are done.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ def make_config(kind: str, steps: int, output: Path) -> Config:
 def run_kind(kind: str, steps: int, folder: Path) -> dict[str, Any]:
     """Bits a weight, held-out loss before and after, and how far the merged model is from base plus adapter."""
     output = folder / f"{kind}-{steps}"
-    if not (output.is_dir() and (find_run(output) / "last").exists()):
-        train(make_config(kind, steps, output))
+    train(make_config(kind, steps, output), resume="last" if output.is_dir() else None)
     evals = [line["eval"]["loss"] for line in read_log(find_run(output)) if "eval" in line]
     with tempfile.TemporaryDirectory() as scratch:
         merged = merge(output, Path(scratch) / "merged")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from lory.adapters import kinds
+from lory.data.named_templates import add_answer_end
 from lory.data.templates import render_prompt
 from lory.generate import GenerationOptions, decode_text, default_options, generate_ids, stream_text
 from lory.models.load import DtypeName, load_model, load_tokenizer, terminators
@@ -37,7 +38,7 @@ class Assistant:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "") -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.options = default_options(model)
-        self.terminators = terminators(model.generation_config, tokenizer)
+        self.terminators = add_answer_end(terminators(model.generation_config, tokenizer), tokenizer)
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """The tokens the model is fed to answer `messages`, the same as in training."""

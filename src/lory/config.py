@@ -180,7 +180,8 @@ def _suggest(model: type[BaseModel], owner: list[str], key: str, tags: list[str]
 
 def _section_at(model: type[BaseModel], path: list[str], tags: Sequence[str] = ()) -> type[BaseModel] | None:
     current: type[BaseModel] = model
-    for part in path:
+    parts = iter(path)
+    for part in parts:
         if part.isdigit():
             continue
         field = current.model_fields.get(part)
@@ -189,6 +190,8 @@ def _section_at(model: type[BaseModel], path: list[str], tags: Sequence[str] = (
         inner = _find_section(field.annotation, tags)
         if inner is None:
             return None
+        if typing.get_origin(field.annotation) is dict:
+            next(parts, None)  # a key of the user's own
         current = inner
     return current
 

@@ -121,8 +121,9 @@ def stream_steps(
         raise UsageError("An empty prompt was given; there is nothing to continue.")
     length = max(len(prompt) for prompt in prompts)
     arguments = generation_arguments(model, length + virtual_length(model), options, terminators)
-    # on the left, so that the answers begin side by side; which id is under the mask does not matter
-    rows = [[terminators[0]] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    # on the left, so that the answers begin side by side; with the prompt's own first token, since penalties see
+    # through the mask, and count this one anyway
+    rows = [[prompt[0]] * (length - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     input_ids, attention_mask = (torch.tensor(values, device=model.device) for values in (rows, mask))
     generator = None

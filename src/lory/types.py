@@ -119,7 +119,8 @@ class Sample:
     def supervised(self) -> int:
         """How many of the tokens are learnt."""
         # the first token has nothing before it to be predicted from
-        return sum(label != IGNORE for label in self.labels[1:])
+        rest = self.labels[1:]
+        return len(rest) - rest.count(IGNORE)
 
     def __len__(self) -> int:
         return len(self.input_ids)

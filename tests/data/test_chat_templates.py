@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lory.data.encode import Encoder
 from lory.data.named_templates import (
+    add_answer_end,
     answer_end,
     choose_template,
     find_template,
@@ -404,6 +405,8 @@ def test_a_tokenizers_own_template_tells_where_answers_end(chat_tokenizer: ChatT
         tokenizer, _ = chat_tokenizer(name)
         found = answer_end(tokenizer)
         assert (found if found is None else tokenizer.decode(found)) == end, name
+        expected = (7,) if found is None else (7, found)
+        assert add_answer_end((7,), tokenizer) == add_answer_end(expected, tokenizer) == expected
     without = copy.deepcopy(tokenizer)
     without.chat_template = None
     assert answer_end(without) is None

@@ -84,6 +84,20 @@ def test_what_the_server_refuses_is_told(site: Site) -> None:
         download(f"{site.url}/none", 1000)
 
 
+def test_a_server_in_trouble_is_asked_again(site: Site) -> None:
+    answers = [503, 200]
+    site.answers["/busy"] = lambda *_: (answers.pop(0), {}, b"x")
+    assert download(f"{site.url}/busy", 1000).path.read_bytes() == b"x"
+    answers += [503, 503, 503]
+    with pytest.raises(LoryError, match=r"/busy\?2 could not be downloaded: Service Unavailable"):
+        download(f"{site.url}/busy?2", 1000)
+
+
+def test_an_address_may_have_any_letters(site: Site) -> None:
+    site.files["/%E4%BD%A0%20a.jsonl"] = b"x"
+    assert download(f"{site.url}/你 a.jsonl", 1000).path.read_bytes() == b"x"
+
+
 def test_without_a_network_the_address_is_named(site: Site) -> None:
     url = site.url.rpartition(":")[0] + ":9/a.jsonl"
     with pytest.raises(LoryError, match=r":9/a.jsonl could not be downloaded: .*refused"):

@@ -148,6 +148,8 @@ def test_what_is_no_file_is_refused() -> None:
     assert error_of("/dev/zero") == "/dev/zero is no regular file, but a pipe or a device; a data file is expected."
     os.mkfifo("pipe.jsonl")
     assert error_of("pipe.jsonl").startswith("pipe.jsonl is no regular file")
+    with pytest.raises(UsageError, match="no regular file"):
+        open_files("pipe.jsonl").fingerprint()
     assert error_of("a.jsonl/b.jsonl").startswith("a.jsonl/b.jsonl does not exist")
 
 

@@ -241,6 +241,7 @@ def hugging_face() -> Site:
     return Hub()
 
 
+@pytest.mark.slow
 def test_hugging_face_gives_subsets_splits_and_slices(tmp_path: Path) -> None:
     sources: list[dict[str, Any]] = [
         {"path": "owner/set"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from lory.config import Section, build
-from lory.data import locate
-from lory.data.sampling import draw
-from lory.data.sources import SourceConfig, SourceData, read_source
+from lory.data.sources import (
+    SourceConfig,
+    SourceData,
+    SourceReader,
+    explain_source,
+    open_source,
+    read_source,
+)
 from lory.runtime import UsageError
 from lory.types import Conversation, Message
 
@@ -118,12 +124,6 @@ def test_a_json_file_of_one_line_may_be_a_record() -> None:
     assert read(write("one.json", json.dumps(RECORDS[0]))).conversations == CONVERSATIONS[:1]
 
 
-def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    WRITERS["a.json"]()
-    assert read("~/a.json").conversations == CONVERSATIONS
-
-
 def numbers(count: int) -> str:
     return write(
         "n.jsonl", dump_lines([{"query": f"q{i}", "response": "" if i == 1 else f"a{i}"} for i in range(count)])
@@ -139,12 +139,6 @@ def test_a_sample_is_drawn_by_its_seed() -> None:
     assert order != sorted(order)
     assert len(set(order)) == 20
     assert read("n.jsonl", sample=20).notes == ["sample: 20 of 100 records were drawn (seed 0)"]
-
-
-def test_every_record_is_equally_likely_to_be_drawn() -> None:
-    records = [("", {"n": n}) for n in range(10)]
-    drawn = [record["n"] for seed in range(1000) for _, record in draw(records, 3, seed)]
-    assert all(240 < drawn.count(n) < 360 for n in range(10))
 
 
 def test_a_sample_larger_than_the_source_takes_all_and_says_so() -> None:
@@ -214,33 +208,6 @@ def test_the_system_prompt_goes_only_where_there_is_none() -> None:
     assert read(write("a.txt", "text"), system="default").conversations == [Conversation(text="text")]
 
 
-def test_identity_is_generated_even_beside_a_file_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = [exchange("Who are you?", "Lory, by me."), exchange("Hi", "I'm Lory, by me.")]
-    monkeypatch.setattr(locate, "identity_conversations", lambda name, author: made)
-    write("identity", json.dumps(RECORDS))
-    source = read("identity", name="Lory", author="me")
-    assert (source.name, source.conversations, source.read) == ("identity", made, 2)
-    assert len(source.fingerprint) == 64
-    assert read("./identity").conversations == CONVERSATIONS
-
-
-def test_identity_speaks_the_name_and_the_author() -> None:
-    first, again = (read("identity", name="Zoë", author="花花", sample=30) for _ in range(2))
-    assert first == again
-    assert all("Zoë" in c.messages[-1].content and "花花" in c.messages[-1].content for c in first.conversations)
-    assert read("identity", name="Lory", author="花花").fingerprint != first.fingerprint
-
-
-def test_general_reads_the_bundled_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    records = [{"messages": [m.to_dict() for m in c.messages]} for c in CONVERSATIONS]
-    content = dump_lines(records).encode()
-    monkeypatch.setattr(locate, "read_general", lambda: content)
-    source = read("general", sample=3)
-    assert set(source.conversations) == set(CONVERSATIONS)
-    assert source.conversations[0].where.startswith("general line ")
-    assert source.fingerprint == hashlib.sha256(content).hexdigest()
-
-
 GOOD = json.dumps(RECORDS[0])
 BROKEN: list[tuple[str, str | bytes, str]] = [
     ("a.json", "", "a.json is empty"),
@@ -278,7 +245,7 @@ BROKEN: list[tuple[str, str | bytes, str]] = [
     ("a.parquet", "", "a.parquet is empty"),
     ("a.txt", b"ok\n\xff\xfe\n", "a.txt line 2 is not UTF-8"),
     ("a.txt", "ok\n\nb\x00d\n", "a.txt line 3: 'text' holds a NUL character at position 1"),
-    ("a.xlsx", "PK", "a.xlsx ends in '.xlsx'; a data file ends in .json, .jsonl, .csv, .tsv, .parquet, .txt"),
+    ("a.xlsx", "PK", "a.xlsx ends in '.xlsx'; a data file ends in .json, .jsonl"),
 ]
 
 
@@ -297,19 +264,135 @@ def test_a_wrong_type_in_parquet_names_the_row() -> None:
     assert error_of("a.parquet") == "a.parquet row 2: 'response' is null, but text is expected."
 
 
-def test_a_missing_file_is_an_error_with_the_nearest_name() -> None:
-    Path("sub").mkdir()
-    write("sub/notes.jsonl", GOOD)
-    assert error_of("sub/note.jsonl") == "sub/note.jsonl does not exist; did you mean 'sub/notes.jsonl'?"
-    assert error_of("sbu/notes.jsonl").startswith("sbu/notes.jsonl does not exist, nor does the folder sbu")
-    assert error_of("identiy") == "identiy does not exist; did you mean 'identity'?"
+def test_the_filter_is_counted_and_comes_before_the_draw() -> None:
+    write("a.jsonl", dump_lines([{"query": f"q{n}", "response": "a", "score": n / 10} for n in range(10)]))
+    source = read("a.jsonl", filter={"score": {"min": 0.5}})
+    assert [c.messages[0].content for c in source.conversations] == ["q5", "q6", "q7", "q8", "q9"]
+    assert (source.read, source.dropped, source.notes) == (10, {"does not pass the filter": 5}, [])
+    drawn = read("a.jsonl", filter={"score": {"min": 0.5}}, sample=7)
+    assert len(drawn.conversations) == 5
+    assert drawn.notes == ["sample: 7 was asked for, a.jsonl has 5 records: all were taken"]
+    assert error_of("a.jsonl", filter={"score": 7}) == (
+        "a.jsonl has no record to learn from: 10 does not pass the filter."
+    )
+    assert error_of("a.jsonl", filter={"scor": 1}).startswith("a.jsonl has no record with 'scor', which 'filter' names")
 
 
-def test_a_folder_is_an_error_with_one_of_its_files() -> None:
-    Path("sub").mkdir()
-    assert error_of("sub").startswith("sub is a folder; name one of its files, ending in .json")
-    write("sub/notes.jsonl", GOOD)
-    assert error_of("sub") == "sub is a folder; name one of its files, such as sub/notes.jsonl."
+BAD = [
+    {"query": "q1", "response": "a1"},
+    {"query": "q2", "response": 7},
+    [1],
+    {"query": "q3", "response": 8},
+    {"query": "q4"},
+    {"query": "q5", "response": "\ud83d"},
+    {"query": "q6", "response": ""},
+    {"query": "q7", "response": "a7"},
+]
+
+
+def test_bad_records_are_dropped_and_counted_where_that_is_wanted() -> None:
+    write("a.jsonl", "".join(json.dumps(record) + "\n" for record in BAD))
+    assert error_of("a.jsonl").startswith("a.jsonl line 2: 'response' is the number 7")
+    source = read("a.jsonl", on_bad="drop")
+    assert [c.messages[0].content for c in source.conversations] == ["q1", "q7"]
+    assert (source.read, sum(source.dropped.values())) == (8, 6)
+    assert source.dropped["malformed: 'response' is the number #, but text is expected"] == 2
+    assert source.dropped["empty answer"] == 1
+    assert source.notes[0] == (
+        "malformed: 'response' is the number #, but text is expected: 2; "
+        "the first is: a.jsonl line 2: 'response' is the number 7, but text is expected."
+    )
+    assert len(source.notes) == 4
+
+
+def test_a_broken_file_is_an_error_even_where_bad_records_are_dropped() -> None:
+    write("a.jsonl", f"{GOOD}\n{GOOD[:-1]}\n")
+    assert error_of("a.jsonl", on_bad="drop").startswith("a.jsonl line 2 is not valid JSON")
+    write("b.jsonl", '{"a": 1}\n{"b": 1}\n')
+    message = error_of("b.jsonl", on_bad="drop")
+    assert message.startswith("b.jsonl has no record to learn from: 1 malformed: the keys found are 'a'")
+
+
+def test_the_kinds_of_bad_records_that_are_told_apart_are_limited() -> None:
+    bad = [{"query": "q", "response": None, f"{chr(97 + n // 26)}{chr(97 + n % 26)}": 1} for n in range(100)]
+    lines = [{"query": "q", "response": "a"}, *({key: 1 for key in record if len(key) == 2} for record in bad)]
+    write("a.jsonl", dump_lines(lines))
+    source = read("a.jsonl", on_bad="drop")
+    assert len(source.dropped) == 21
+    assert source.dropped["malformed in another way"] == 80
+
+
+def test_a_ragged_row_is_a_bad_record() -> None:
+    write("a.csv", "query,response\na,b\nc\n")
+    assert error_of("a.csv") == "a.csv row 2 (line 3) has 1 cells, but the header has 2."
+    assert read("a.csv", on_bad="drop").dropped == {"malformed: has # cells, but the header has #": 1}
+
+
+def open_(path: str, start: int = 0, **fields: Any) -> SourceReader:
+    return open_source(build(SourceConfig, {"path": path, **fields}, "test"), start)
+
+
+def test_a_reader_gives_conversations_as_they_are_asked_for() -> None:
+    write("a.jsonl", dump_lines(RECORDS) + "broken")
+    reader = open_("a.jsonl")
+    conversations = iter(reader)
+    assert [next(conversations) for _ in range(2)] == CONVERSATIONS[:2]
+    assert (reader.read, reader.position) == (2, 2)
+    with pytest.raises(UsageError, match="line 4 is not valid JSON"):
+        list(conversations)
+
+
+def test_a_reader_counts_anew_each_time() -> None:
+    reader = open_(numbers(5))
+    assert list(reader) == list(reader)
+    assert (reader.read, reader.dropped, reader.fingerprint) == (5, {"empty answer": 1}, read("n.jsonl").fingerprint)
+
+
+@pytest.mark.parametrize("fields", [{}, {"sample": 6}, {"filter": {"query": {"differs": "q4"}}}, {"split": "[1:-1]"}])
+@pytest.mark.parametrize("files", ["n.jsonl", "several"])
+def test_a_reader_goes_on_where_another_stopped(fields: dict[str, Any], files: str) -> None:
+    numbers(10)
+    Path("several").mkdir()
+    for part in range(3):
+        write(f"several/{part}.jsonl", dump_lines([{"query": f"q{part * 4 + n}", "response": "a"} for n in range(4)]))
+    whole = list(open_(files, **fields))
+    reader = open_(files, **fields)
+    before: list[Conversation] = []
+    for conversation in reader:
+        before.append(conversation)
+        rest = list(open_(files, reader.position, **fields))
+        assert before + rest == whole
+    assert before == whole
+
+
+def test_the_first_record_tells_the_format_wherever_reading_starts() -> None:
+    write("a.jsonl", dump_lines([{"query": "q", "response": "a"}, {"query": "q", "response": "a", "messages": []}]))
+    first, second = open_("a.jsonl")
+    assert list(open_("a.jsonl", 1)) == [second] == [first]
+
+
+def test_a_name_that_no_file_can_have_is_missing() -> None:
+    assert "does not exist" in error_of("x" * 300) or "could not be read" in error_of("x" * 300)
+
+
+def test_reading_takes_no_memory_for_what_was_read() -> None:
+    write("a.jsonl", dump_lines([{"query": "q", "response": "x" * 1000}] * 5000))
+    tracemalloc.start()
+    assert sum(1 for _ in open_("a.jsonl")) == 5000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 500_000
+
+
+def test_a_source_is_explained() -> None:
+    write("a.jsonl", dump_lines([{"query": "q", "respons": "a", "n": None}, {"query": 1}]))
+    told = explain_source(SourceConfig(path="a.jsonl"))
+    assert told.keys == {"query": {"text": 1, "number": 1}, "respons": {"text": 1}, "n": {"null": 1}}
+    assert (told.records, told.format, told.close) == (2, "", {"query_response": ["response"]})
+    assert "query_response lacks 'response' (there is 'respons')" in told.first
+    mapped = explain_source(SourceConfig(path="a.jsonl", columns={"response": "respons"}))
+    assert (mapped.format, mapped.unused) == ("query_response", ["n"])
+    assert json.loads(json.dumps(mapped.to_dict()))["name"] == "a.jsonl"
 
 
 class _Data(Section):

@@ -222,17 +222,33 @@ TOKENIZERS: dict[str, Callable[[], Any]] = {
     "marks that take the blanks before them": lambda: _mark(
         _metaspace_tokenizer(), "<|a|>", "<|ab|>", normalized=False, lstrip=True
     ),
+    "marks that begin alike": lambda: _mark(_metaspace_tokenizer(), "<|a|>", "<|a|>ab", normalized=False),
     "marks that are words": lambda: _mark(_metaspace_tokenizer(), "a", "<|ab|>", normalized=False, single_word=True),
     "no marks": lambda: _metaspace_tokenizer(),
 }
 
 
+@pytest.mark.parametrize("first", ["<|a|><|ab|></s>", "<|a|>|>", "<|AB|>", "<|a|>ab<|a|>", "</s>a", ""])
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_texts_that_share_parts_have_the_tokens_that_each_has_alone(kind: str) -> None:
+def test_texts_that_share_parts_have_the_tokens_that_each_has_alone(kind: str, first: str) -> None:
     tokenizer, pick = TOKENIZERS[kind](), random.Random(0)
     pieces = ["<|a|>", "<|ab|>", "<|AB|>", "</s>", "<|", "|>", " ", "\n", "a", "ab", "hello", "A", ">"]
-    texts = ["".join(pick.choices(pieces, k=pick.randrange(12))) for _ in range(400)]
+    texts = [f"{first} a", *("".join(pick.choices(pieces, k=pick.randrange(12))) for _ in range(400))]
     assert tokenize_all(tokenizer, texts) == [tokenize(tokenizer, text) for text in texts]
+
+
+class _LoweringTokenizer(PreTrainedTokenizerFast):
+    def __call__(self, text: Any, **options: Any) -> Any:
+        texts = text.lower() if isinstance(text, str) else [one.lower() for one in text]
+        return super().__call__(texts, **options)
+
+
+def test_a_tokenizer_with_ways_of_its_own_keeps_them() -> None:
+    backend = _mark(_metaspace_tokenizer(), "<|a|>", normalized=False).backend_tokenizer
+    tokenizer = _LoweringTokenizer(tokenizer_object=backend)
+    texts = [f"<|a|>HELLO {'A' * number}" for number in range(40)]
+    assert tokenize_all(tokenizer, texts) == [tokenize(tokenizer, text) for text in texts]
+    assert tokenizer.unk_token_id not in tokenize_all(tokenizer, texts)[0]
 
 
 def test_an_earlier_cut_does_not_cut_many_texts(tiny_model: Path) -> None:
@@ -317,7 +333,10 @@ def test_a_template_without_tools_is_refused_where_there_are_some(chat_tokenizer
         render_prompt(tokenizer, TOOL_CHAT[:3])
 
 
-@pytest.mark.parametrize(("tools", "reason"), [("[{", "valid JSON"), ('{"name": "f"}', "array"), ("[1]", "array")])
+@pytest.mark.parametrize(
+    ("tools", "reason"),
+    [("[{", "valid JSON"), ('{"name": "f"}', "array"), ("[1]", "array"), ('[{"function": "f"}]', "array")],
+)
 def test_tools_that_are_none_are_refused(tools: str, reason: str, chat_tokenizer: ChatTokenizer) -> None:
     tokenizer, _ = chat_tokenizer("smollm2")
     with pytest.raises(UsageError, match=reason):

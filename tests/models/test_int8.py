@@ -44,10 +44,10 @@ def test_a_product_is_near_the_rounded_weights_product(rows: int, shape: tuple[i
     weight, x = draw(*shape), draw(rows, shape[1], seed=1)
     added = draw(shape[0], seed=2) if bias else None
     q, scale = round_rows(weight)
-    expected = nn.functional.linear(x.double(), q.double() * scale.double()[:, None], added if bias is False else None)
+    expected = nn.functional.linear(x.double(), q.double() * scale.double()[:, None])
     out = Int8Linear(q, scale, added)(x).double() - (added.double() if added is not None else 0)
-    # bf16 has 8 bits, going in and coming out
-    assert (out - expected).norm() <= 2**-8 * expected.norm() + 1e-6
+    # bf16 rounds by 2^-8 at most, going in and coming out
+    assert (out - expected).norm() <= 2**-7 * expected.norm() + 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -60,6 +60,11 @@ def test_shape_and_dtype_are_those_that_come_in(dtype: torch.dtype) -> None:
 def test_a_row_does_not_depend_on_those_beside_it() -> None:
     linear, x = Int8Linear(*round_rows(draw(48, 32))), draw(9, 32)
     torch.testing.assert_close(linear(x)[4], linear(x[4]), rtol=2**-7, atol=0)
+
+
+def test_inputs_may_be_views() -> None:
+    linear, x = Int8Linear(*round_rows(draw(48, 32))), draw(9, 5, 64).to(torch.bfloat16)
+    torch.testing.assert_close(linear(x[:, 2, ::2]), linear(x[:, 2, ::2].clone()), rtol=0, atol=0)
 
 
 def test_an_embedding_looks_up_rounded_rows() -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from lory.adapters.inject import LoraConfig, attach
+from lory.adapters.inject import AdapterConfig, attach_lora
+from lory.adapters.prompt import PromptConfig, attach
 from lory.decoding.loop import decode_steps
+from lory.generate import GenerationOptions, generate_batch
 from lory.models.lean import find_decoder, prepare_for_decoding
 
 FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
@@ -81,6 +83,21 @@ def test_the_model_keeps_its_values_and_its_own_forward(random_model: Callable[.
     assert all(torch.equal(after[key], state[key]) for key in state)
 
 
+def test_the_choice_of_products_is_put_back(random_model: Callable[..., Any]) -> None:
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    model = random_model("Llama")
+    try:
+        settings.fp32_precision = "bf16"
+        with torch.inference_mode():  # which what is prepared here must outlive
+            prepare_for_decoding(model)
+        steps = decode_steps(model, ONE, GREEDY, forward=find_decoder(model))
+        next(steps), next(steps)
+        assert settings.fp32_precision == "bf16"
+    finally:
+        settings.fp32_precision = before
+
+
 @pytest.mark.parametrize("int8", [False, True])
 def test_no_weight_is_held_twice(random_model: Callable[..., Any], int8: bool) -> None:
     model = random_model("Llama", tie_word_embeddings=True)
@@ -110,7 +127,7 @@ def test_a_prompt_may_come_in_parts(random_model: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("dora", [False, True])
 def test_an_adapter_is_in_and_stays_apart(random_model: Callable[..., Any], dora: bool) -> None:
     model = random_model("Llama")
-    attach(model, LoraConfig(rank=3, type="dora" if dora else "lora"))
+    attach_lora(model, AdapterConfig(rank=3, type="dora" if dora else "lora"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -125,13 +142,32 @@ def test_an_adapter_is_in_and_stays_apart(random_model: Callable[..., Any], dora
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_a_soft_prompt_stays_in_force(random_model: Callable[..., Any], kind: str) -> None:
+    model = random_model("Llama")
+    attach(model, PromptConfig(type=kind, virtual_tokens=3))
+    model.eval()
+    options, prompts = GenerationOptions(max_new_tokens=15), [[1, 7, 50, 9, 33], [5, 6]]
+    expected = generate_batch(model, prompts, options, (131,))
+    prepare_for_decoding(model)
+    assert find_decoder(model) is not None
+    assert generate_batch(model, prompts, options, (131,)) == expected
+    assert generate_batch(random_model("Llama"), prompts, options, (131,)) != expected
+
+
+def test_other_precisions_keep_the_models_own_forward(random_model: Callable[..., Any]) -> None:
+    model = random_model("Llama").to(torch.bfloat16)
+    assert "not in float32" in prepare_for_decoding(model)
+    assert find_decoder(model) is None
+
+
 def test_a_changed_model_is_decoded_by_its_own_forward(random_model: Callable[..., Any]) -> None:
     def change_weight(model: Any) -> None:
         with torch.no_grad():
             model.model.layers[1].mlp.down_proj.weight.mul_(1.5)
 
     def put_adapter(model: Any) -> None:
-        attach(model, LoraConfig(rank=3))
+        attach_lora(model, AdapterConfig(rank=3))
         model.eval()
 
     for change in (change_weight, put_adapter, lambda model: model.double(), lambda model: model.train()):

@@ -110,10 +110,10 @@ def test_nf4_is_doubly_quantized(folder: Path, quantize: str) -> None:
     assert (state.quant_type, state.nested, state.blocksize) == ("nf4", True, 64)
 
 
-def test_nf4_holds_narrowing_layers_in_int8_and_pure_nf4_does_not(folder: Path) -> None:
+def test_nf4_is_for_the_widening_layers_and_pure_nf4_for_all(folder: Path) -> None:
     kinds = {path: type(module) for path, module in load(folder, "nf4").named_modules() if lora.is_quantized(module)}
     int8 = {path for path, kind in kinds.items() if kind is bnb.nn.Linear8bitLt}
-    assert {path.rpartition(".")[2] for path in int8} == {"k_proj", "v_proj", "down_proj"}
+    assert {path.rpartition(".")[2] for path in kinds.keys() - int8} == {"gate_proj", "up_proj"}
     assert {kind for path, kind in kinds.items() if path not in int8} == {bnb.nn.Linear4bit}
     pure = [module for module in load(folder, "nf4-pure").modules() if lora.is_quantized(module)]
     assert {type(module) for module in pure} == {bnb.nn.Linear4bit}
@@ -131,7 +131,7 @@ def test_the_layers_that_gpt2_stores_transposed_are_told_apart_by_what_they_do(
     random_model("GPT2", n_embd=64, n_head=4, n_layer=1).save_pretrained(tmp_path)
     model, plain = load(tmp_path, "nf4"), load(tmp_path, None)
     block = model.transformer.h[0]
-    assert type(block.mlp.c_proj) is bnb.nn.Linear8bitLt
+    assert type(block.mlp.c_proj) is type(block.attn.c_proj) is bnb.nn.Linear8bitLt
     assert type(block.mlp.c_fc) is type(block.attn.c_attn) is bnb.nn.Linear4bit
     weight = lora.adapt_quantized(block.mlp.c_proj, r=0, lora_alpha=1).base_weight()
     torch.testing.assert_close(weight, plain.transformer.h[0].mlp.c_proj.weight.T, rtol=0, atol=0.01)

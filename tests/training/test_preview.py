@@ -15,9 +15,19 @@ from lory.losses.cross_entropy import CHUNK_TOKENS
 from lory.models.load import load_model
 from lory.runtime import UsageError
 from lory.training.config import Config
-from lory.training.preview import describe_sample, estimate_memory, show_sample
+from lory.training.preview import (
+    describe_messages,
+    describe_sample,
+    estimate_memory,
+    find_conversations,
+    pick_samples,
+    show_messages,
+    show_sample,
+    show_tokens,
+    split_tokens,
+)
 from lory.training.run import Prepared, build_model, prepare
-from lory.types import IGNORE, Sample
+from lory.types import IGNORE, Conversation, Message, Sample, ToolCall
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +50,7 @@ def prepared(tiny_model: Path, records: Path) -> Callable[..., Prepared]:
     """The tiny model on the 24 records, with other sections of the config as given."""
 
     def make(**sections: Any) -> Prepared:
-        data = {"train": [{"path": str(records)}], "max_tokens": 96, **sections.pop("data", {})}
+        data = {"train": [{"path": str(records)}], "max_tokens": 96, "cache": False, **sections.pop("data", {})}
         values = {
             "model": {"path": str(tiny_model), "dtype": "float32"},
             "adapter": {"rank": 3},
@@ -96,9 +106,87 @@ def test_a_described_sample_is_json_with_tokens_and_labels(tokenizer: Any) -> No
     assert described == {
         "input_ids": list(sample.input_ids),
         "labels": list(sample.labels),
+        "tokens": split_tokens(sample.input_ids, tokenizer),
         "text": "Two?四",
         "learnt_text": "四",
     }
+
+
+def test_a_weight_that_is_not_one_stands_behind_its_tokens(tokenizer: Any) -> None:
+    plain = make_sample(tokenizer, ("Two? ", False), ("Four.", True), ("Or so.", True))
+    answer = len(tokenizer("Four.", add_special_tokens=False)["input_ids"])
+    start = len(tokenizer("Two? ", add_special_tokens=False)["input_ids"])
+    weights = [0.0] * start + [0.5] * answer + [1.0] * (len(plain) - start - answer)
+    sample = Sample(plain.input_ids, plain.labels, tuple(weights))
+    assert show_sample(sample, tokenizer).plain == "Two? ⟦Four.⟧×0.5⟦Or so.⟧"
+    assert show_tokens(sample, tokenizer).plain.replace("│", "") == "Two? ⟦Four.⟧×0.5⟦Or so.⟧"
+    assert describe_sample(sample, tokenizer)["weights"] == weights
+
+
+def test_tokens_are_told_apart(tokenizer: Any) -> None:
+    sample = make_sample(tokenizer, ("Is it?\n", False), ("五 is", True))
+    pieces = split_tokens(sample.input_ids, tokenizer)
+    assert len(pieces) == len(sample)
+    assert "".join(pieces) == "Is it?\n五 is"
+    # a character of three bytes, which this tokenizer has no token for
+    assert pieces[pieces.index("五") - 2 : pieces.index("五") + 1] == ["", "", "五"]
+    shown = show_tokens(sample, tokenizer).plain
+    assert shown.replace("│", "") == "Is it?↵⟦五 is⟧"
+    assert shown.count("│") == len(sample) - 1
+
+
+def test_samples_come_from_each_source_with_their_conversations(
+    prepared: Callable[..., Prepared], records: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    # a duplicate has the sample of the first file
+    other.write_text(records.read_text().splitlines()[0] + "\n")
+    third = tmp_path / "third.jsonl"
+    third.write_text('{"query": "Who?", "response": "Me."}\n{"query": "When?", "response": "Now."}\n')
+    made = prepared(data={"train": [{"path": str(path)} for path in (records, other, third)]})
+    indices = pick_samples(made.dataset, 2, each_source=True)
+    found = find_conversations(made.dataset, made.config.data, indices)
+    assert [conversation.where for conversation in found] == [
+        f"{records} line 1",
+        f"{records} line 2",
+        f"{third} line 1",
+        f"{third} line 2",
+    ]
+    for index, conversation in zip(indices, found, strict=True):
+        answer = f"{conversation.messages[-1].content}<|im_end|>"
+        assert describe_sample(made.dataset.train[index], made.tokenizer)["learnt_text"] == answer
+    assert pick_samples(made.dataset, 2, each_source=False) == [0, 1]
+
+
+def test_a_stream_s_conversations_are_found_by_their_places(prepared: Callable[..., Prepared], records: Path) -> None:
+    train = [{"path": str(records)}, {"path": "identity", "name": "Lory", "author": "you"}]
+    data = {"train": train, "streaming": True, "window_samples": 30, "mixing": "first_exhausted", "max_tokens": 400}
+    made = prepared(data=data, train={"max_steps": 1})
+    indices = list(range(20))
+    found = find_conversations(made.dataset, made.config.data, indices)
+    assert len({conversation.where.split()[0] for conversation in found}) == 2
+    for index, conversation in zip(indices, found, strict=True):
+        text = describe_sample(made.dataset.train[index], made.tokenizer)["text"]
+        assert conversation.messages[-1].content in text
+
+
+def test_messages_are_shown_whole_unless_they_shall_be_short() -> None:
+    calls = (ToolCall("add", '{"a": 1}'),)
+    messages = (
+        Message("user", "long " * 100),
+        Message("assistant", "Yes.", reasoning="Hm", tool_calls=calls, weight=2),
+    )
+    conversation = Conversation(messages)
+    shown = f'user: {"long " * 100}\nassistant (weight 2): <think>Hm</think>\nYes.\ncalls add({{"a": 1}})'
+    assert show_messages(conversation).plain == shown
+    assert describe_messages(conversation)["messages"][0]["content"] == "long " * 100
+    assert describe_messages(conversation)["messages"][1]["weight"] == 2
+    for text in (
+        show_messages(conversation, True).plain,
+        describe_messages(conversation, True)["messages"][0]["content"],
+    ):
+        assert f"{('long ' * 100)[:199]}…" in text
+    assert describe_messages(Conversation(text="Once"))["source_text"] == show_messages(Conversation(text="Once")).plain
 
 
 # Memory

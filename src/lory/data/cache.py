@@ -37,28 +37,30 @@ def encode_source(config: SourceConfig, encoder: Encoder, use_cache: bool, worke
     """
     reader = open_source(config)
     if not use_cache:
-        return _encode_into(_temporary_folder(), reader, encoder, workers)
+        return _encode_into(_temporary_folder(), config, reader, encoder, workers)
     folder = cache_folder() / "data" / _find_key(config, reader.fingerprint, encoder)
     if (folder / SUMMARY).exists():
         with contextlib.suppress(LoryError):  # a damaged one is made anew
-            store = Store(folder)
+            store = Store(folder, config.path)
             os.utime(folder)
             return store
     shutil.rmtree(folder, ignore_errors=True)
     with _take_place(folder) as aside:
-        _encode_into(aside, reader, encoder, workers)
+        _encode_into(aside, config, reader, encoder, workers)
     _prune(folder)
-    return Store(folder)
+    return Store(folder, config.path)
 
 
-def _encode_into(folder: Path, reader: SourceReader, encoder: Encoder, workers: int | None) -> Store:
+def _encode_into(
+    folder: Path, config: SourceConfig, reader: SourceReader, encoder: Encoder, workers: int | None
+) -> Store:
     encoder.notes = Counter()
-    with Writer(folder) as writer:
+    with Writer(folder, config.path) as writer:
         encode_all(reader, encoder, writer, workers)
         notes = [*reader.notes, *(f"{what}: {count}" for what, count in encoder.notes.items())]
         dropped = Counter(reader.dropped) + writer.dropped
         writer.finish(Summary(reader.read, dropped, notes, reader.fingerprint, hash_tokenizer(encoder)))
-    return Store(folder)
+    return Store(folder, config.path)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,10 @@ class Batch:
     """(B, T) 1 for real tokens."""
     weights: Tensor | None = None
     """(B, T) fp32, how much each target counts; None: 1 each."""
+    counts: tuple[int, ...] | None = None
+    """How often each document is there, if not once."""
+    continues: bool = False
+    """The documents are continuations that the model wrote itself; `weights` is 1 where they repeat themselves."""
     learnt: int = 0
     """How many tokens are learnt, those of a folded sample as often as it is there."""
 
@@ -37,6 +41,12 @@ class Batch:
         """What all targets count together."""
         learnt = self.targets != IGNORE
         return float(learnt.sum() if self.weights is None else self.weights[learnt].sum(dtype=torch.float64))
+
+    @property
+    def documents(self) -> int:
+        """How many documents have two tokens at least, folded ones as often as they are there."""
+        counts = self.counts or (1,) * len(self.seq_lens)
+        return sum(count for count, length in zip(counts, self.seq_lens.tolist(), strict=True) if length > 1)
 
     @property
     def tokens(self) -> int:
@@ -65,19 +75,22 @@ def collate(
     ids = [torch.tensor(sample.input_ids) for sample in samples]
     # the label of the next token; the document's last token predicts nothing
     targets = [torch.tensor([*sample.labels[1:], IGNORE]) for sample in samples]
-    times = counts or [1] * len(samples)
+    times = tuple(counts or [1] * len(samples))
     learnt = sum(count * sample.supervised for count, sample in zip(times, samples, strict=True))
     weights = None
-    if any(count != 1 for count in times) or any(sample.weights for sample in samples):
+    folded = any(count != 1 for count in times)
+    if folded or any(sample.weights for sample in samples):
         weights = [_weigh(sample, count) for sample, count in zip(samples, times, strict=True)]
     if not padded:
         row = None if weights is None else torch.cat(weights)[None]
-        return Batch(torch.cat(ids)[None], torch.cat(targets)[None], seq_lens, None, row, learnt)
+        batch = Batch(torch.cat(ids)[None], torch.cat(targets)[None], seq_lens, None, row)
+        return replace(batch, counts=times if folded else None, learnt=learnt)
     pad = torch.nn.utils.rnn.pad_sequence
     input_ids = pad(ids, batch_first=True, padding_value=pad_id)
     mask = (torch.arange(input_ids.shape[1])[None] < seq_lens[:, None]).long()
     rows = None if weights is None else pad(weights, batch_first=True)
-    return Batch(input_ids, pad(targets, batch_first=True, padding_value=IGNORE), seq_lens, mask, rows, learnt)
+    batch = Batch(input_ids, pad(targets, batch_first=True, padding_value=IGNORE), seq_lens, mask, rows)
+    return replace(batch, counts=times if folded else None, learnt=learnt)
 
 
 def _weigh(sample: Sample, count: int) -> Tensor:

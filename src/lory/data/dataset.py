@@ -254,7 +254,8 @@ def _name_sources(configs: Sequence[SourceConfig]) -> list[tuple[str, SourceConf
     taken: set[str] = set()
     named = []
     for config in configs:
-        name = config.path.replace("\\", "/").rstrip("/").rpartition("/")[2]
+        end = config.path.replace("\\", "/").rstrip("/").rpartition("/")[2]
+        name = config.dataset or "/".join(filter(None, [end, config.subset]))
         free = next(n for n in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2))) if n not in taken)
         taken.add(free)
         named.append((free, config))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,8 +82,8 @@ class Entry(_Loose):
 
 def find_info(path: Path) -> Path | None:
     """The dataset_info.json that a path means: itself, or the one in the folder; None if it means none."""
-    info = path / FILE_NAME if path.is_dir() else path
-    return info if info.name == FILE_NAME and info.is_file() else None
+    info = path / FILE_NAME if os.path.isdir(path) else path
+    return info if info.name == FILE_NAME and os.path.isfile(info) else None
 
 
 def list_entries(info: Path) -> list[str]:

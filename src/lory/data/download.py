@@ -26,6 +26,7 @@ from lory.runtime import (
 )
 
 SCHEMES = ("http", "https")
+_URL_SIGNS = "%:/?#[]@!$&'()*+,;=~"
 _BLOCK = 1 << 20
 _TIMEOUT_SECONDS = 30
 _TRIES = 3
@@ -91,6 +92,9 @@ def fetch(url: str, part: Path, max_bytes: int, headers: Mapping[str, str] | Non
         try:
             return _fetch_on(url, part, max_bytes, headers or {})
         except urllib.error.HTTPError as error:
+            if error.code >= http.HTTPStatus.INTERNAL_SERVER_ERROR:
+                broken = error
+                continue
             raise UsageError(f"{url} could not be downloaded: the server says {error.code} {error.reason}.") from error
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             broken = error
@@ -105,7 +109,7 @@ def fetch(url: str, part: Path, max_bytes: int, headers: Mapping[str, str] | Non
 def _fetch_on(url: str, part: Path, max_bytes: int, headers: Mapping[str, str]) -> str:
     mark_file = part.with_suffix(".etag")
     have = part.stat().st_size if part.exists() and mark_file.exists() else 0
-    request = urllib.request.Request(url, headers={"User-Agent": "lory"})
+    request = urllib.request.Request(urllib.parse.quote(url, safe=_URL_SIGNS), headers={"User-Agent": "lory"})
     for key, value in headers.items():
         request.add_unredirected_header(key, value)  # a token is for this server alone
     if have:

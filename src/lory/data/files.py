@@ -156,6 +156,8 @@ def open_files(path: str, subset: str | None = None, split: str = "", max_bytes:
         if not found:
             raise UsageError(f"{base} is a folder without any data file; one ends in {describe_endings()}.")
     else:
+        if not stat.S_ISREG(kind):
+            raise UsageError(f"{base} is no regular file, but a pipe or a device; a data file is expected.")
         found, start = [_as_data_file(base)], str(base.parent)
     files = [DataFile(path, *split_endings(path), max_bytes) for path in found]
     chosen = _choose_split(files, split, start, str(base)) if split else files

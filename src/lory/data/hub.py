@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from lory.data.compressed import OPENERS
 from lory.data.download import fetch
-from lory.data.files import READERS
+from lory.data.files import READERS, split_endings
 from lory.data.rows import Row, Rows
 from lory.runtime import LoryError, UsageError, cache_folder, hash_file, lock_file, log, read_json, write_json
 
@@ -32,7 +31,7 @@ _READERS = frozenset({"json", "csv", "text", "parquet", "arrow", "imagefolder", 
 
 def looks_like_repo(path: str) -> bool:
     """Whether a path has the form owner/name."""
-    return bool(_REPO.fullmatch(path)) and not path.endswith((".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt"))
+    return bool(_REPO.fullmatch(path)) and not _is_data(path)
 
 
 def guess_hub(repo: str) -> Hub:
@@ -230,22 +229,21 @@ def _list_modelscope(repo: str, address: str, revision: str, base: Path) -> list
         files += [file for file in page if file.get("Type") != "tree" and _is_wanted(file["Path"])]
         if len(page) < _PAGE_FILES:
             break
-    if not any(_endings(file["Path"]) for file in files):
+    if not any(_is_data(file["Path"]) for file in files):
         raise UsageError(f"{repo} on ModelScope has no data files that are known; its data may need its own code.")
     if bad := [file["Path"] for file in files if not _is_inside(file["Path"])]:
         raise UsageError(f"{repo} lists the file '{bad[0]}', which would be written outside of its folder.")
     return files
 
 
-def _endings(path: str) -> bool:
-    place = PurePosixPath(path)
-    name = place.with_suffix("") if place.suffix in OPENERS else place
-    return bool(name.suffix) and name.suffix.lower() in READERS
+def _is_data(path: str) -> bool:
+    ending = split_endings(Path(path))[0]
+    return bool(ending) and ending in READERS
 
 
 def _is_wanted(path: str) -> bool:
     # the data card says which files are which subset and split
-    return path == "README.md" or (_endings(path) and PurePosixPath(path).name not in {"dataset_infos.json"})
+    return path == "README.md" or (_is_data(path) and PurePosixPath(path).name not in {"dataset_infos.json"})
 
 
 def _is_inside(path: str) -> bool:

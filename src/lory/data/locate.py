@@ -8,6 +8,7 @@ import hashlib
 import importlib.resources
 import inspect
 import json
+import os
 import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from lory.data.json_files import parse_lines
 from lory.data.registry import find, load_function, load_registry
 from lory.data.rows import DroppedRow, JoinedRows, MadeRows, Row, Rows
 from lory.data.sampling import SplitPart, parse_split
-from lory.data.source_config import BUNDLED, SourceConfig, is_function
+from lory.data.source_config import BUNDLED, SourceConfig, is_function, is_there
 from lory.runtime import UsageError, hash_file
 
 
@@ -47,8 +48,7 @@ class Origin:
 
 def resolve(config: SourceConfig) -> SourceConfig:
     """The config of a data set that the registry knows by name; what the source itself says comes over the entry."""
-    path = Path(config.path).expanduser()
-    if config.path in BUNDLED or path.exists() or (entry := find(config.path)) is None:
+    if config.path in BUNDLED or is_there(config.path) or (entry := find(config.path)) is None:
         return config
     own = {name: getattr(config, name) for name in config.model_fields_set - {"path", "source"}}
     return build(SourceConfig, entry.source(config.source) | own, f"The data set '{config.path}'")
@@ -87,7 +87,7 @@ def _is_local(config: SourceConfig, path: Path) -> bool:
     """Whether the path means something on this machine, be it there or not."""
     if config.source is not None:
         return False
-    if path.exists() or path.is_symlink() or glob.has_magic(config.path) or not looks_like_repo(config.path):
+    if is_there(config.path) or os.path.islink(path) or glob.has_magic(config.path) or not looks_like_repo(config.path):
         return True
     # owner/name, unless there is a folder of the owner's name: that is a slip, which should not go to the network
     return path.parent.is_dir()
@@ -160,7 +160,7 @@ def _open_url(config: SourceConfig) -> Rows:
 
 def _open_local(config: SourceConfig, part: SplitPart) -> Rows:
     path = Path(config.path).expanduser()
-    if not path.exists() and not path.is_symlink() and not glob.has_magic(config.path):
+    if not is_there(config.path) and not os.path.islink(path) and not glob.has_magic(config.path):
         also = f" For the data set {path} on a hub, set 'source'." if looks_like_repo(config.path) else ""
         raise UsageError(explain_missing(path, [*BUNDLED, *load_registry()]) + also)
     if not config.subset or (path / config.subset).is_dir() or "/" not in config.subset:

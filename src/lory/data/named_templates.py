@@ -216,6 +216,12 @@ def answer_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return end[0] if end else None
 
 
+def add_answer_end(terminators: tuple[int, ...], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The terminators with `answer_end`, last, so that training teaches and generation heeds the template's own end."""
+    end = answer_end(tokenizer)
+    return terminators if end is None or end in terminators else (*terminators, end)
+
+
 def _closing(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
     """What a template (None: the tokenizer's own) writes after an answer."""
     return _trial(tokenizer, template).rpartition(MARK)[2]

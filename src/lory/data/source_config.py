@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -161,11 +162,11 @@ def read_short_form(text: str) -> dict[str, Any]:
     for prefix, hub in _PREFIXES.items():
         if text.startswith(prefix):
             value = {"path": text.removeprefix(prefix), "source": hub}
-    if "source" not in value and _exists(text):
+    if "source" not in value and is_there(text):
         return value
     if match := _SAMPLE.fullmatch(value["path"]):
         value |= {"path": match["path"], "sample": int(match["sample"])}
-    if is_url(value["path"]) or ("source" not in value and _exists(value["path"])):
+    if is_url(value["path"]) or ("source" not in value and is_there(value["path"])):
         return value
     if match := _SUBSET.fullmatch(value["path"]):
         info = find_info(Path(match["path"]).expanduser())
@@ -180,11 +181,9 @@ def is_function(format: str) -> bool:
     return bool(_FUNCTION.fullmatch(format))
 
 
-def _exists(path: str) -> bool:
-    try:
-        return Path(path).expanduser().exists()
-    except (OSError, RuntimeError, ValueError):  # a name that no file can have
-        return False
+def is_there(path: str) -> bool:
+    """Whether there is a file or folder of that name."""
+    return os.path.exists(os.path.expanduser(path))
 
 
 def suggest(name: str, known: Sequence[str]) -> str:

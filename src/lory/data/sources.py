@@ -81,11 +81,11 @@ class SourceReader:
         self._options = ReadOptions(root, config.question or "", config.media_first)
         self._reset()
 
-    def _reset(self) -> None:
+    def _reset(self, format: str = "") -> None:
         self.read = 0
         self.dropped: Counter[str] = Counter()
         self.position = self._start
-        self._format = self._origin.format or self.config.format.replace("auto", "")
+        self._format = format or self._origin.format or self.config.format.replace("auto", "")
         self._keys: set[str] = set()
         self._bad: dict[str, str] = {}
         self._like: Counter[str] = Counter()
@@ -128,6 +128,10 @@ class SourceReader:
     def _choose_records(self) -> Iterator[Record]:
         """The records to convert: all, or those that are drawn."""
         if self._sample is None:
+            if self._start and not self._format:
+                # the source's first record tells the format, wherever reading starts
+                next(self._prepare(self._origin.rows.read()), None)
+                self._reset(self._format)
             yield from self._prepare(self._origin.rows.read(self._start))
             return
         drawn = draw(self._prepare(self._origin.rows.read()), self._sample, self.config.seed)
@@ -172,7 +176,7 @@ class SourceReader:
         if isinstance(value, BadRow):
             problem = value.problem
         else:
-            shown = "a list" if isinstance(value, list) else f"the value {json.dumps(value)[:40]}"
+            shown = "a list" if isinstance(value, list) else f"the value {json.dumps(value, default=str)[:40]}"
             problem = f'is {shown}; an object such as {{"instruction": ..., "output": ...}} is expected'
         self._count_bad(where, UsageError(f"{where} {problem}."))
 
@@ -201,13 +205,12 @@ class SourceReader:
         if not self.read:
             what = f"no records in the split '{self.config.split}'" if self.config.split else "no records"
             raise UsageError(f"{name} has {what}; at least one is expected.")
-        wanted = {"columns": self.config.columns.values(), "filter": self.config.filter}
-        for field, columns in wanted.items():
-            for column in columns:
-                if not {column, column.partition(".")[0]} & self._keys:
-                    raise UsageError(
-                        f"{name} has no record with '{column}', which '{field}' names; {_found(self._keys)}."
-                    )
+        # a condition may be on a value inside of a column
+        wanted = [("columns", column, column) for column in self.config.columns.values()]
+        wanted += [("filter", column, column.partition(".")[0]) for column in self.config.filter]
+        for field, column, outer in wanted:
+            if column not in self._keys and outer not in self._keys:
+                raise UsageError(f"{name} has no record with '{column}', which '{field}' names; {_found(self._keys)}.")
         if not given:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
             first = next(iter(self._bad.values()), "")
@@ -322,7 +325,7 @@ def explain_source(config: SourceConfig, records: int = 100) -> Explanation:
     for row in rows:
         for key, value in row.items():
             keys.setdefault(key, Counter())[_TYPES.get(type(value), type(value).__name__)] += 1
-    first = _map_columns(rows[0], config.columns, "the first record") if config.columns else rows[0]
+    first: Any = _map_columns(rows[0], config.columns, "the first record") if config.columns else rows[0]
     if rewrite := reader._origin.rewrite:
         first = rewrite(first)
     format, told = reader._format, ""

@@ -8,6 +8,7 @@ times is encoded and stored once.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -76,11 +77,11 @@ def digest_question(conversation: Conversation) -> bytes:
 class Writer:
     """Fills a store with conversations in their order. A conversation that was met before needs no encoding."""
 
-    def __init__(self, folder: Path) -> None:
-        """`folder` exists and is empty."""
+    def __init__(self, folder: Path, origin: str = "") -> None:
+        """`folder` exists and is empty; `origin`: what the places of all conversations begin with."""
         import pyarrow
 
-        self.folder = folder
+        self.folder, self.origin = folder, origin
         self._samples = _Table(
             folder / SAMPLES,
             pyarrow.schema(
@@ -135,8 +136,8 @@ class Writer:
                 self._samples.append((sample.input_ids, spans, weights))
             self._next += len(encoded.samples)
         first, count, dropped = self._known[digest]
-        question = digest_question(conversation)
-        self._conversations.append((digest, question, first, count, conversation.where, dropped or None))
+        question, where = digest_question(conversation), conversation.where.removeprefix(self.origin)
+        self._conversations.append((digest, question, first, count, where, dropped or None))
         if dropped:
             self.dropped[dropped] += 1
 
@@ -193,35 +194,31 @@ def _to_array(values: Sequence[Any], kind: pyarrow.DataType) -> pyarrow.Array:
         return pyarrow.array(values, kind)
     # several times as fast as letting Arrow look at every number
     ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
-    flat = np.fromiter((item for value in values for item in value), kind.value_type.to_pandas_dtype(), int(ends[-1]))
+    flat = np.fromiter(itertools.chain.from_iterable(values), kind.value_type.to_pandas_dtype(), int(ends[-1]))
     return pyarrow.ListArray.from_arrays(ends, flat)
 
 
 def _find_spans(sample: Sample) -> tuple[list[int], list[float]]:
     """The learnt stretches of one weight each: their borders, and the weights unless all are 1."""
-    spans: list[int] = []
-    weights: list[float] = []
-    given = sample.weights
-    last: float | None = None
-    for position, label in enumerate(sample.labels):
-        weight = None if label == IGNORE else given[position] if given else 1.0
-        if weight != last:
-            if last is not None:
-                spans.append(position)
-            if weight is not None:
-                spans.append(position)
-                weights.append(weight)
-            last = weight
-    if last is not None:
-        spans.append(len(sample.labels))
-    return spans, weights if given else []
+    import numpy as np
+
+    learnt = np.array(sample.labels) != IGNORE
+    values = learnt.astype(np.float32) if sample.weights is None else np.where(learnt, sample.weights, 0)
+    # a weight of 0 parts nothing: what does not count is not learnt
+    framed = np.zeros(len(values) + 2, dtype=np.float32)
+    framed[1:-1] = values
+    changes = np.flatnonzero(framed[1:] != framed[:-1])
+    starts = [int(place) for place in changes if place < len(values) and values[place]]
+    ends = [int(place) for place in changes if place and values[place - 1]]
+    spans = [border for pair in zip(starts, ends, strict=True) for border in pair]
+    return spans, [] if sample.weights is None else [float(values[start]) for start in starts]
 
 
 class Store:
     """A finished store. Arrays have one entry a sample or a conversation; samples are made when they are asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises `LoryError` when the store is not whole."""
+    def __init__(self, folder: Path, origin: str = "") -> None:
+        """`origin`: what the source is called now; raises `LoryError` when the store is not whole."""
         import pyarrow
 
         try:
@@ -231,7 +228,7 @@ class Store:
             self._conversations = pyarrow.ipc.open_file(pyarrow.memory_map(str(folder / CONVERSATIONS)))
         except (OSError, pyarrow.ArrowException, KeyError, TypeError) as error:
             raise LoryError(f"{folder} is no whole store of samples: {error}.") from error
-        self.folder = folder
+        self.folder, self.origin = folder, origin
         self._measure()
 
     def _measure(self) -> None:
@@ -311,4 +308,4 @@ class Store:
     def place(self, conversation: int) -> str:
         """Where a conversation was read."""
         batch, row = divmod(conversation, _Table._BATCH)
-        return str(self._conversations.get_batch(batch).column("where")[row].as_py())
+        return self.origin + str(self._conversations.get_batch(batch).column("where")[row].as_py())

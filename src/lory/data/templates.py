@@ -244,7 +244,8 @@ def _parse_tools(tools: str) -> list[dict[str, Any]]:
         functions = json.loads(tools)
     except ValueError as error:
         raise UsageError(f"The tools are not valid JSON: {error}.") from error
-    if not isinstance(functions, list) or not all(isinstance(function, dict) for function in functions):
+    is_list = isinstance(functions, list) and all(isinstance(function, dict) for function in functions)
+    if not is_list or not all(isinstance(function.get("function", {}), dict) for function in functions):
         raise UsageError("The tools are not a JSON array of objects, each the schema of a function.")
     return functions
 
@@ -272,7 +273,7 @@ def _check_written(chat: Sequence[Message], text: str, tools: list[dict[str, Any
 def tokenize_all(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
     """`tokenize` of each text, faster: in one call, and the parts that several texts have in common only once."""
     given = list(texts)
-    marks = _find_marks(tokenizer) if len(given) > _FEW_TEXTS else None
+    marks = _find_marks(tokenizer, given[0]) if len(given) > _FEW_TEXTS else None
     if not marks:
         return tokenizer(given, add_special_tokens=False)["input_ids"] if given else []
     # tokenizing the first text whole also takes back a cut or padding that another call has set
@@ -287,15 +288,26 @@ def tokenize_all(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> li
     return joined
 
 
-def _find_marks(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """What finds the added tokens in a text as the tokenizer does; None where that takes more than looking."""
+def _find_marks(tokenizer: PreTrainedTokenizerBase, text: str) -> re.Pattern[str] | None:
+    """What finds those of the added tokens that stand in `text` (the template's marks) just as the tokenizer does.
+
+    None: there are none, or others could overlap with them.
+    """
     if not tokenizer.is_fast:
         return None
-    plain = [token for token in tokenizer.added_tokens_decoder.values() if not token.normalized]
-    if not plain or any(token.single_word or token.lstrip for token in plain):
+    # those with `normalized` are looked for later, in what is left
+    added = [token for token in tokenizer.added_tokens_decoder.values() if not token.normalized]
+    marks = [
+        token.content
+        for token in added
+        if token.content in text and re.match(r"[^\w\s]", token.content) and not (token.lstrip or token.single_word)
+    ]
+    others = {token.content for token in added}.difference(marks)
+    starts = {mark[0] for mark in marks}
+    if not marks or any(other.startswith(tuple(marks)) or not starts.isdisjoint(other[1:]) for other in others):
         return None
     # where several begin at the same place, the longest counts
-    return re.compile("|".join(re.escape(token.content) for token in sorted(plain, key=lambda t: -len(t.content))))
+    return re.compile("|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True)))
 
 
 def _cut(text: str, marks: re.Pattern[str]) -> list[str]:

@@ -63,13 +63,18 @@ def contrastive_search(
         (B, T + new) prompts and answers; finished rows are filled up with the padding token.
 
     Raises:
-        UsageError: alpha or k cannot be, or the model has no cache that can be branched.
+        UsageError: alpha or k cannot be, the model keeps no cache, or it is spread over several processes.
     """
     alpha, k = _check_options(penalty_alpha, top_k, generation_config)
     if model.config.is_encoder_decoder or not hasattr(model_kwargs.get("past_key_values"), "layers"):
         raise UsageError(
             f"Contrastive search needs a causal model that keeps a cache, and {type(model).__name__} was run without "
             "one; set use_cache to true or choose another way of decoding."
+        )
+    if synced_gpus:
+        raise UsageError(
+            "Contrastive search was asked of a model whose weights are spread over several processes; "
+            "run it in one process, or choose another way of decoding."
         )
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     padding = generation_config._pad_token_tensor

@@ -84,7 +84,7 @@ def decode_steps(
         generator: drawn from in place of torch's global one; seeded alike, both draw the same.
         watch: sees each step before its token is chosen.
         logprobs: give the new tokens' log-probabilities, and those of so many likeliest (0: none beside).
-        forward: called in place of the model, with the arguments that generation gives it.
+        forward: called in place of the model, with the arguments that generation gives it and a `DynamicCache`.
 
     Raises:
         UsageError: a search with several beams is asked for.
@@ -123,7 +123,9 @@ class _Loop:
         model_kwargs: dict[str, Any],
     ) -> None:
         self.model, self.ids, self.config, self.kwargs = model, input_ids, config, model_kwargs
-        self.forward = forward or model
+        # it is written for the cache that grows
+        grows = isinstance(model_kwargs.get("past_key_values"), DynamicCache)
+        self.forward = forward if forward is not None and grows else model
         self.prompt_tokens = input_ids.shape[1]
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
 

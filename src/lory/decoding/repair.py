@@ -21,8 +21,9 @@ _SENTENCE = re.compile(rf".+?(?:[.!?…]+[{_CLOSING}]*(?=\s|$)|[。！？；｡�
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 _LETTER = rf"(?:(?!{_UNSPACED.pattern})[^\W_])"
 _PIECE = re.compile(rf"{_UNSPACED.pattern}|{_LETTER}+(?:['’-]{_LETTER}+)*")
-_FENCE = re.compile(r"^\s*(```|~~~)")
-_KEPT_LINE = re.compile(r"^\s*\||^(?: {4}|\t)|^\s*(?:\$\$|\\\[|\\begin)")
+# What opens code or a formula that goes on over lines, and what closes it
+_FENCES = {"```": "```", "~~~": "~~~", "$$": "$$", "\\[": "\\]", "\\begin": "\\end"}
+_KEPT_LINE = re.compile(r"^\s*\||^(?: {4}|\t)")
 _LIST_LINE = re.compile(r"^\s*(?:[-*+•·]|\(?[\w一二三四五六七八九十]{1,3}[.)、）])\s*\S")
 
 # A long sentence is no figure of speech: said again anywhere, it goes
@@ -101,15 +102,20 @@ def _fold(word: str) -> str:
 def _split_blocks(text: str) -> Iterator[list[_Unit]]:
     """The lines of each stretch without empty lines, but for what is to stay as it is: code, tables, formulas."""
     block: list[_Unit] = []
-    fence = ""
+    closing = ""
     place = 0
     for line in text.splitlines(keepends=True):
         unit = _make_unit(text, place, place + len(line))
         place += len(line)
-        mark = _FENCE.match(line)
-        if mark and (not fence or mark.group(1) == fence):
-            fence = "" if fence else mark.group(1)
-        elif not fence and line.strip() and not _KEPT_LINE.match(line):
+        stripped = line.strip()
+        opening = next((mark for mark in _FENCES if stripped.startswith(mark)), "")
+        if closing:
+            closing = "" if closing in stripped else closing
+        elif opening:
+            closing = _FENCES[opening]
+            if closing in stripped[len(opening) :]:
+                closing = ""
+        elif stripped and not _KEPT_LINE.match(line):
             block.append(unit)
             continue
         if block:
@@ -140,7 +146,7 @@ def _repair_lines(block: Sequence[_Unit]) -> list[Span]:
 def _repair_prose(text: str, block: Sequence[_Unit], seen: set[tuple[str, ...]]) -> list[Span]:
     start, end = block[0].start, block[-1].end
     sentences = [
-        _make_unit(text, match.start() + len(match.group()) - len(match.group().lstrip()), match.end())
+        _make_unit(text, match.end() - len(match.group().lstrip()), match.start() + len(match.group().rstrip()))
         for match in _SENTENCE.finditer(text, start, end)
         if match.group().strip()
     ]
@@ -157,9 +163,15 @@ def _repair_prose(text: str, block: Sequence[_Unit], seen: set[tuple[str, ...]])
     if sentences and _is_cut_off(text, sentences, gone, seen):
         gone.add(len(sentences) - 1)
     spans = []
+    last_kept = max((place for place in range(len(sentences)) if place not in gone), default=-1)
     for place in sorted(gone):
-        following = sentences[place + 1].start if place + 1 < len(sentences) else end
-        spans.append(Span(sentences[place].start, following))
+        if place < last_kept:
+            spans.append(Span(sentences[place].start, sentences[place + 1].start))
+        elif last_kept >= 0:
+            # the space before it goes; the end of the line stays
+            spans.append(Span(sentences[place - 1].end, sentences[place].end))
+        else:
+            spans.append(Span(start, end))
     for place, sentence in enumerate(sentences):
         if place not in gone:
             spans += _repair_phrases(text, sentence)

@@ -65,7 +65,7 @@ def contrastive_loss(
 
 
 class _PairHinge(torch.autograd.Function):
-    """Sum over documents, `times` each, of the mean over pairs of max(0, margin - 1 + u_i . u_j), for unit vectors u."""
+    """Sum over documents, `times` each, of the mean over pairs of max(0, margin - 1 + u_i . u_j); every |u| is 1."""
 
     @staticmethod
     def forward(

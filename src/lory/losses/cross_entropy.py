@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from lory.types import IGNORE
 
 Head = Callable[[Tensor], Tensor]
 
-# A chunk's fp32 logits take CHUNK_TOKENS x V x 4 bytes: 50 MB for V = 49,152, 260 MB for V = 256,000
-CHUNK_TOKENS = 256
+# A chunk's fp32 logits take CHUNK_TOKENS x V x 4 bytes (25 MB for V = 49,152, 130 MB for V = 256,000), their gradient
+# as much again; on a CPU larger chunks are no faster
+CHUNK_TOKENS = 128
 
 
 class LossSum(NamedTuple):
@@ -86,14 +86,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.set_grad_enabled(needs_grad):
                 states = hidden[here].detach().requires_grad_(needs_grad)
                 logits = head(states)
-                logits = logits.to(loss.dtype)
-                each = F.cross_entropy(logits, targets[here], reduction="none" if weights is not None else "sum")
-                chunk_loss = each if weights is None else (each * weights[here]).sum()
-            loss += chunk_loss.detach()
-            right = logits.detach().argmax(-1) == targets[here]
+            each, right, grad_logits = _score(logits.detach(), targets[here], needs_grad)
+            loss += each.sum() if weights is None else (each * weights[here]).sum()
             correct += (right if weights is None else right * weights[here]).sum()
-            if grad_hidden is not None:
-                grads = torch.autograd.grad(chunk_loss, [states, *parameters])
+            if grad_hidden is not None and grad_logits is not None:
+                if weights is not None:
+                    grad_logits.mul_(weights[here, None])
+                grads = torch.autograd.grad(logits, [states, *parameters], grad_logits)
                 grad_hidden[here] = grads[0]
                 for total, grad in zip(grad_parameters, grads[1:], strict=True):
                     total += grad
@@ -108,3 +107,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # the loss is a sum, so its gradient only has to be scaled by what comes from above
         grad_hidden, *grad_parameters = (grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
         return grad_hidden, None, None, None, None, *grad_parameters
+
+
+def _score(logits: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cross-entropy of each row by few passes over the logits, the largest tensor there is.
+
+    Args:
+        logits: (n, V), left as they are.
+        targets: (n) ids.
+
+    Returns:
+        (n) -log p(target) and (n) whether the target is the likeliest, in fp32 or higher; (n, V) the gradient of the
+        first to the logits in their dtype, softmax - onehot, if it is needed.
+    """
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    best = logits.argmax(-1)
+    at = targets[:, None]
+    probabilities = torch.softmax(logits, -1, dtype=precise)
+    # the likeliest token's probability is at least 1 / V, so this logarithm of the sum does not suffer from underflow
+    top = best[:, None]
+    total = logits.gather(1, top).to(precise) - probabilities.gather(1, top).log()
+    each = (total - logits.gather(1, at).to(precise)).squeeze(1)
+    if not needs_grad:
+        return each, best == targets, None
+    probabilities.scatter_add_(1, at, probabilities.new_full(at.shape, -1.0))
+    return each, best == targets, probabilities.to(logits.dtype)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lory.models.fused_attention import Attention, Seen
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -55,6 +57,10 @@ def attend_documents(
     """
     if cu_seq_lens_q is None or attention_mask is not None or unused.get("s_aux") is not None:
         raise ValueError("packed attention needs the documents' borders, no mask and no attention sinks")
+    if query.is_cpu and softcap is None and not dropout and prefix_states is None:
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+        return Attention.apply(q, k, v, Seen(tuple(cu_seq_lens_q.tolist()), scaling, sliding_window))[None], None
     outputs = []
     for start, end in zip(cu_seq_lens_q[:-1].tolist(), cu_seq_lens_q[1:].tolist(), strict=True):
         q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))

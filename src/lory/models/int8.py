@@ -15,15 +15,19 @@ import lory.lora as lora
 from lory.lora import is_quantized
 
 _LARGEST = 127
+# Row maximum below which a row counts as zero: its scale would be no normal number
+_SMALLEST = 1e-30
 # From this many rows on, making bf16 weights for one large product is faster than the kernel for few rows
 _MANY_ROWS = 64
+# The kernel for few rows reads 16 inputs at a time and goes past the end of memory where they are not a multiple of it
+_INPUTS_AT_ONCE = 32
 
 
 def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric rounding of each row: q (out, in) int8 and scale (out,) bf16, with weight about ``q * scale``."""
     weight = weight.detach().float()
     # the scale is rounded before it is used, so that its rounding costs nothing; up, so that q stays in its range
-    scale = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / _LARGEST * (1 + 2**-8)
+    scale = weight.abs().amax(dim=1).clamp(min=_SMALLEST) / _LARGEST * (1 + 2**-8)
     scale = scale.to(torch.bfloat16)
     q = (weight / scale.float()[:, None]).round().clamp(-_LARGEST, _LARGEST)
     return q.to(torch.int8), scale
@@ -45,8 +49,8 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) to (..., out) in the dtype of x."""
-        rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
-        if len(rows) < _MANY_ROWS:
+        rows = x.reshape(-1, self.in_features).to(torch.bfloat16).contiguous()
+        if len(rows) < _MANY_ROWS and self.in_features % _INPUTS_AT_ONCE == 0:
             out = torch._weight_int8pack_mm(rows, self.weight, self.scale).to(x.dtype)
         else:
             out = F.linear(rows, self.weight.to(torch.bfloat16)).to(x.dtype) * self.scale.to(x.dtype)

@@ -31,6 +31,11 @@ class ModelConfig(Section):
         description="Hold the base's linear layers in few bits: nf4 (4 bits, double quantization) or int8; what is "
         "trained on top stays in higher precision. Needs bitsandbytes.",
     )
+    template: str = Field(
+        "auto",
+        description="The chat template: auto (the tokenizer's own), a bundled one's name, or a .jinja file's path; it "
+        "is saved with every checkpoint.",
+    )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with the model: only if you read it."
     )

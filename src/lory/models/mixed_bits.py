@@ -1,8 +1,9 @@
 """NF4 with int8 for the layers where 4 bits cost most: a loader that transformers is told of, as one of its own.
 
-Which layers these are is a rule of shape, the same for every model: the narrowing ones, with more inputs than outputs.
-In a transformer these are the way out of the feed-forward part and, with grouped queries, keys and values, which
-llama.cpp's mixtures favour, too (Q4_K_M: the way out and the values).
+Which layers these are is a rule of shape, the same for every model: all but the widening ones, those with more outputs
+than inputs. In a transformer the widening layers are the way into the feed-forward part, which are half of the weights
+and forgive rounding best for their size; attention and the way out of the feed-forward part get int8. llama.cpp's
+mixtures (Q4_K_M) favour the latter and the values, too.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ class MixedBitsConfig(BitsAndBytesConfig):
 
 
 class MixedBits(Bnb4BitHfQuantizer):
-    """Loads linear layers as bitsandbytes' NF4, and the narrowing ones as its int8."""
+    """Loads the widening linear layers as bitsandbytes' NF4, and the others as its int8."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, *arguments: Any, **named: Any) -> None:
         super()._process_model_before_weight_loading(model, *arguments, **named)
         for path, layer in list(model.named_modules()):
-            if isinstance(layer, bnb.nn.Linear4bit) and layer.in_features > layer.out_features:
+            if isinstance(layer, bnb.nn.Linear4bit) and layer.in_features >= layer.out_features:
                 model.set_submodule(path, self._make_int8(layer))
 
     def _make_int8(self, layer: bnb.nn.Linear4bit) -> bnb.nn.Linear8bitLt:

@@ -1,8 +1,8 @@
 """Base models whose linear layers are held in 4 or 8 bits by bitsandbytes; head, embeddings and norms never are.
 
-`nf4` is NF4 with int8 for the narrowing layers (see `mixed_bits`): 5.0 to 5.4 bits a weight in usual models, which
-halves what rounding costs. `nf4-pure` is NF4 throughout, 4.1 bits, as in the QLoRA paper (arXiv 2305.14314): for models
-that would not fit otherwise.
+`nf4` is NF4 for the layers that have more outputs than inputs, and int8 for the others (see `mixed_bits`): about 6 bits
+a weight, and a third of what rounding costs otherwise. `nf4-pure` is NF4 throughout, 4.1 bits, as in the QLoRA paper
+(arXiv 2305.14314): for models that would not fit otherwise.
 """
 
 from __future__ import annotations
@@ -167,6 +167,6 @@ def count_bytes(model: PreTrainedModel, dtype: torch.dtype, quantize: str | None
     for path, module in model.named_modules():
         if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(path, skipped):
             outputs, inputs = module.weight.shape[::-1] if isinstance(module, Conv1D) else module.weight.shape
-            int8 = quantize == "int8" or (quantize == "nf4" and inputs > outputs)
+            int8 = quantize == "int8" or (quantize == "nf4" and inputs >= outputs)
             total += _layer_bytes(inputs, outputs, int8) - inputs * outputs * dtype.itemsize
     return round(total)

@@ -17,6 +17,7 @@ from lory.data.dataset import DataConfig
 from lory.models.load import ModelConfig
 from lory.models.resolve import find_run
 from lory.runtime import UsageError
+from lory.training.objective import LossConfig
 from lory.training.optim import TrainConfig
 from lory.training.samples import SamplesConfig
 
@@ -29,6 +30,7 @@ class Config(Section):
     model: ModelConfig = Field(default_factory=ModelConfig, description="The base model.")
     adapter: AnyAdapterConfig = Field(default_factory=AdapterConfig, description="What is trained on top of it.")
     data: DataConfig = Field(description="What is learnt from.")
+    loss: LossConfig = Field(default_factory=LossConfig, description="What is minimised beside the likelihood.")
     train: TrainConfig = Field(default_factory=TrainConfig, description="How it is learnt.")
     samples: SamplesConfig = Field(default_factory=SamplesConfig, description="Chats shown while it learns.")
     output: str = Field("runs/my-assistant", min_length=1, description="Folder in which each run gets its own folder.")

@@ -13,6 +13,7 @@ from lory.data.samples import Samples
 from lory.data.stream import Stream, Window
 from lory.training.checkpoint import Position
 from lory.training.plan import Plan, fold, make_batch, plan_rows
+from lory.types import Sample
 
 
 class Feed(Protocol):
@@ -22,6 +23,9 @@ class Feed(Protocol):
 
     def take(self, position: Position, rank: int) -> list[Batch]:
         """The micro-batches of a rank for the step that `position` stands before."""
+
+    def samples(self, position: Position, rank: int) -> list[Sample]:
+        """The samples of that step."""
 
     def advance(self, position: Position) -> None:
         """Move `position` behind that step."""
@@ -63,10 +67,14 @@ class SampleFeed:
     """A finite set of samples, in an order of its own in each epoch."""
 
     def __init__(self, samples: Samples, plan: Plan, batching: Batching, total_steps: int) -> None:
-        self.samples, self.plan, self.batching, self.total_steps = samples, plan, batching, total_steps
+        self._samples, self.plan, self.batching, self.total_steps = samples, plan, batching, total_steps
 
     def take(self, position: Position, rank: int) -> list[Batch]:
-        return self.batching.make(self.samples, self.plan, position.epoch, position.step_in_epoch, rank)
+        return self.batching.make(self._samples, self.plan, position.epoch, position.step_in_epoch, rank)
+
+    def samples(self, position: Position, rank: int) -> list[Sample]:
+        batches = self.plan.micro_batches(position.epoch, position.step_in_epoch, rank)
+        return [self._samples[index] for batch in batches for index in batch]
 
     def advance(self, position: Position) -> None:
         position.step += 1
@@ -86,8 +94,12 @@ class StreamFeed:
 
     def take(self, position: Position, rank: int) -> list[Batch]:
         window = self._load(position.window_starts)
-        number = 1000 * position.window + position.epoch
-        return self.batching.make(window.samples, self.plan, number, position.step_in_epoch, rank)
+        return self.batching.make(window.samples, self.plan, _number(position), position.step_in_epoch, rank)
+
+    def samples(self, position: Position, rank: int) -> list[Sample]:
+        window = self._load(position.window_starts)
+        batches = self.plan.micro_batches(_number(position), position.step_in_epoch, rank)
+        return [window.samples[index] for batch in batches for index in batch]
 
     def advance(self, position: Position) -> None:
         ends = self._load(position.window_starts).ends
@@ -106,3 +118,8 @@ class StreamFeed:
             rows = plan_rows(self._window.samples, batching.packing, batching.max_tokens, len(batching.leading))
             self.plan = replace(self.plan, rows=rows)
         return self._window
+
+
+def _number(position: Position) -> int:
+    """What the order of a window's rows is drawn with; of the first window, the epoch, as of a set."""
+    return 1000 * position.window + position.epoch

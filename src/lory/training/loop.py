@@ -6,7 +6,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,6 +19,7 @@ from lory.data.samples import Samples
 from lory.runtime import LoryError
 from lory.training.checkpoint import Parts, Position, save_checkpoint, tidy_checkpoints
 from lory.training.config import Config
+from lory.training.continuations import continue_texts, is_sequence_step
 from lory.training.feed import Batching, Feed
 from lory.training.monitor import Monitor
 from lory.training.samples import answer_prompts
@@ -47,9 +48,11 @@ class Loop:
         feed: Feed,
         batching: Batching,
         evaluation: Mapping[str, Samples],
+        terminators: Sequence[int],
         monitor: Monitor | None,
     ) -> None:
         self.folder, self.config, self.samples_config = folder, config.train, config.samples
+        self.unlikelihood, self.terminators = config.loss.unlikelihood, terminators
         self.objective, self.parts, self.feed, self.batching = objective, parts, feed, batching
         self.evaluation, self.monitor = evaluation, monitor
         self.accelerator = parts.accelerator
@@ -85,9 +88,17 @@ class Loop:
 
     def _take_step(self, position: Position) -> tuple[StepResult, float]:
         start = time.perf_counter()
-        batches = self.feed.take(position, self.accelerator.process_index)
+        rank = self.accelerator.process_index
+        batches = self.feed.take(position, rank)
+        # a function of seed, step and rank, so that a resumed run draws the same
+        draw = torch.Generator().manual_seed(self.config.seed * 1_000_003 + position.step * 1_009 + rank)
         parts, limit = self.parts, self.config.max_grad_norm
-        result = train_step(self.objective, batches, parts.optimizer, parts.schedule, self.accelerator, limit)
+        if is_sequence_step(self.unlikelihood, self.config.seed, position.step):
+            samples = self.feed.samples(position, rank)
+            batches.append(
+                continue_texts(parts.model, samples, self.batching, self.unlikelihood, self.terminators, draw)
+            )
+        result = train_step(self.objective, batches, parts.optimizer, parts.schedule, self.accelerator, limit, draw)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise LoryError(
                 f"The loss is {result.loss} and the gradient norm {result.grad_norm} at step {position.step + 1}: the "
@@ -109,6 +120,7 @@ class Loop:
                 "token_accuracy": result.token_accuracy,
                 "tokens_per_second": result.tokens / seconds,
                 "supervised_tokens": result.supervised_tokens,
+                **result.parts,
                 "memory_bytes": peak_memory(self.accelerator.device),
             },
         )

@@ -16,9 +16,17 @@ from lory.adapters.lint import lint_adapter
 from lory.adapters.virtual_tokens import find_leading
 from lory.config import apply_overrides, build
 from lory.data.dataset import DataConfig, Dataset, build_dataset
+from lory.data.named_templates import AUTO, add_answer_end, choose_template
 from lory.data.packing import efficiency
 from lory.models.attention import keeps_documents_apart
-from lory.models.load import default_device, load_generation_config, load_model, load_tokenizer, terminators
+from lory.models.load import (
+    default_device,
+    load_config,
+    load_generation_config,
+    load_model,
+    load_tokenizer,
+    terminators,
+)
 from lory.models.matmul import choose_fp32_matmul
 from lory.models.resolve import Resolved, find_checkpoint, find_run, fingerprint_weights, list_checkpoints, resolve
 from lory.runtime import UsageError, lock_file, log
@@ -28,10 +36,10 @@ from lory.training.feed import Batching, Feed, SampleFeed, StreamFeed
 from lory.training.folder import check_output, check_resumable, describe_run, make_folder
 from lory.training.loop import Loop
 from lory.training.monitor import Monitor, rewind
+from lory.training.objective import Objective
 from lory.training.optim import build_optimizer, build_schedule
 from lory.training.plan import Plan, count_steps, plan_rows
 from lory.training.plots import plot_runs
-from lory.training.step import Objective
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -46,6 +54,8 @@ class Prepared:
     resolved: Resolved
     tokenizer: PreTrainedTokenizerBase
     dataset: Dataset
+    terminators: tuple[int, ...]
+    """Token ids that end an answer."""
 
     def plan(self, processes: int = 1) -> Plan:
         """Which samples are learnt together."""
@@ -94,8 +104,21 @@ def prepare(config: Config) -> Prepared:
             f"{config.model.path} OUT) and train on the merged model, or go on with that run by --resume."
         )
     tokenizer = load_tokenizer(resolved, config.model.trust_remote_code)
-    ends = terminators(load_generation_config(resolved, config.model.trust_remote_code), tokenizer)
-    return Prepared(config, resolved, tokenizer, build_dataset(config.data, tokenizer, ends, config.train.seed))
+    trust = config.model.trust_remote_code
+    model_type = load_config(resolved.base_path, trust).model_type
+    named = config.model.template, resolved.name, model_type
+    # plain texts need no template, so one that is missing is an error only where messages come
+    if tokenizer.chat_template or config.model.template != AUTO:
+        for note in choose_template(tokenizer, *named):
+            log.info("note: %s", note)
+    ends = add_answer_end(terminators(load_generation_config(resolved, trust), tokenizer), tokenizer)
+    try:
+        dataset = build_dataset(config.data, tokenizer, ends, config.train.seed)
+    except UsageError:
+        if not tokenizer.chat_template:
+            choose_template(tokenizer, *named)  # says which there are
+        raise
+    return Prepared(config, resolved, tokenizer, dataset, ends)
 
 
 def train(
@@ -156,8 +179,11 @@ def _build(prepared: Prepared, plan: Plan, accelerator: Accelerator) -> _Built:
     log.info("%s", choose_fp32_matmul(accelerator.device))
     set_seed(config.train.seed)
     model, matches = build_model(prepared, accelerator)
+    if model.generation_config:
+        # what is trained to end an answer has to end it wherever the checkpoint is served
+        model.generation_config.eos_token_id = list(prepared.terminators)
     padded = _must_pad(model, config.data)
-    objective = Objective(model)
+    objective = Objective(model, config.loss)
     ratio = config.adapter.lora_plus_ratio if isinstance(config.adapter, AdapterConfig) else None
     optimizer = build_optimizer(model, config.train, ratio)
     schedule = build_schedule(optimizer, config.train, count_steps(config.train, plan, config.data.streaming))
@@ -203,7 +229,7 @@ def _train_in(folder: Path, prepared: Prepared, plan: Plan, built: _Built, resum
             feed = StreamFeed(dataset.stream, plan, batching, total)
         else:
             feed = SampleFeed(dataset.train, plan, batching, total)
-        loop = Loop(folder, config, objective, parts, feed, batching, dataset.eval, monitor)
+        loop = Loop(folder, config, objective, parts, feed, batching, dataset.eval, prepared.terminators, monitor)
         loop.run(position)
     if accelerator.is_main_process:
         plot_runs([folder], folder / "plots")

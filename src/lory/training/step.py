@@ -12,38 +12,12 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from lory.adapters.prefix import packed_prefix, prefix_arguments
 from lory.data.collate import Batch
-from lory.losses.cross_entropy import LossSum, cross_entropy
-from lory.models.attention import document_arguments, documents_apart
-from lory.models.head import split_head
+from lory.models.attention import documents_apart
+from lory.training.objective import Objective, Terms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-class Objective(nn.Module):
-    """A model and its loss in one module, so that data parallelism wraps the whole of what is differentiated."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-        # kept out of the module's children: they are the model's own
-        self._parts = [split_head(model)]
-
-    def forward(self, batch: Batch) -> LossSum:
-        """Sums over the learnt tokens of the batch."""
-        body, head = self._parts[0]
-        if batch.attention_mask is None:
-            arguments = document_arguments(batch.seq_lens, batch.input_ids.device) | packed_prefix(self.model)
-        else:
-            arguments = {"attention_mask": batch.attention_mask}
-            arguments |= prefix_arguments(self.model, batch.attention_mask)
-        # a cache would make the model forget where documents begin
-        hidden = body(input_ids=batch.input_ids, use_cache=False, **arguments).last_hidden_state
-        parameters = list(head.linear.parameters())
-        weights = None if batch.weights is None else batch.weights.flatten()
-        return cross_entropy(hidden.flatten(0, 1), head, batch.targets.flatten(), parameters, weights=weights)
 
 
 @dataclass(frozen=True)
@@ -51,13 +25,16 @@ class StepResult:
     """Numbers of one step, over all ranks and micro-batches."""
 
     loss: float
-    """Mean over the learnt tokens, in nats."""
+    """Mean over the learnt tokens, in nats; with token-level unlikelihood that and the likelihood together."""
     token_accuracy: float
     grad_norm: float
     tokens: int
     """Tokens that went through the model."""
     supervised_tokens: int
     """Tokens that were learnt, those of folded samples as often as they are there."""
+    parts: dict[str, float]
+    """The losses beside the likelihood, each by its own weight: `token_unlikelihood` and `sequence_unlikelihood` a
+    token, `contrastive` a document."""
 
 
 def attention_for(model: PreTrainedModel, batch: Batch) -> contextlib.AbstractContextManager[None]:
@@ -72,36 +49,69 @@ def train_step(
     schedule: LRScheduler,
     accelerator: Accelerator,
     max_grad_norm: float,
+    draw: torch.Generator | None = None,
 ) -> StepResult:
     """Forward and backward over `batches` (this rank's micro-batches), then one update.
 
     Every micro-batch's loss sum is divided by the weight of all learnt tokens of all micro-batches of all ranks, so
     that the gradient does not depend on how the samples were spread over them. When the loss or the gradient is not
     finite, nothing is updated; the caller looks at the result.
+
+    Args:
+        draw: where the noise on the embeddings comes from, if there is to be any.
     """
-    model = accelerator.unwrap_model(objective).model
+    module: Objective = accelerator.unwrap_model(objective)
     device = accelerator.device
-    counts = [[batch.weight, batch.learnt, batch.tokens] for batch in batches]
-    totals = torch.tensor(counts, dtype=torch.float64, device=device).sum(0)
-    weight, supervised, tokens = accelerator.reduce(totals, "sum").tolist()
-    weight = weight or 1.0  # nothing is learnt: all sums are 0
+    totals = accelerator.reduce(_count(batches, device), "sum")
+    weight, supervised, tokens, documents, continued = totals.clamp(min=1).tolist()
     # data parallelism averages gradients over the ranks; the sum is what is wanted
-    factor = accelerator.num_processes / weight
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    with attention_for(model, batches[0]):
+    ranks, config = accelerator.num_processes, module.config
+    likelihood_factor, contrastive_factor = ranks / weight, config.contrastive.weight * ranks / documents
+    sequence_factor = config.unlikelihood.sequence * ranks / continued
+    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    with attention_for(module.model, batches[0]):
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else accelerator.no_sync(objective):
-                result: LossSum = objective(batch.to(device))
-                accelerator.backward(result.loss * factor)
-            sums += torch.stack([result.loss.detach().double(), result.correct.double()])
-    loss, correct = (accelerator.reduce(sums, "sum") / weight).tolist()
+                terms: Terms = objective(batch.to(device), draw)
+                if batch.continues:
+                    loss = terms.loss * sequence_factor
+                else:
+                    loss = terms.loss * likelihood_factor + terms.contrastive * contrastive_factor
+                accelerator.backward(loss)
+            parts = [0.0 * terms.loss, terms.loss] if batch.continues else [terms.loss, 0.0 * terms.loss]
+            shown = [*parts, terms.correct, terms.unlikelihood, terms.contrastive]
+            sums += torch.stack([value.detach().double() for value in shown])
+    loss_sum, sequence, correct, unlikelihood, contrastive = accelerator.reduce(sums, "sum").tolist()
     grad_norm = _clip(objective, max_grad_norm)
-    if torch.isfinite(torch.tensor([loss, grad_norm])).all():
+    if torch.isfinite(torch.tensor([loss_sum, sequence, contrastive, grad_norm])).all():
         optimizer.step()
         schedule.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, correct, grad_norm, int(tokens), int(supervised))
+    found = {
+        "token_unlikelihood": unlikelihood / weight if config.unlikelihood.token else None,
+        "sequence_unlikelihood": sequence / continued if any(batch.continues for batch in batches) else None,
+        "contrastive": contrastive / documents if config.contrastive.weight else None,
+    }
+    return StepResult(
+        loss=loss_sum / weight,
+        token_accuracy=correct / weight,
+        grad_norm=grad_norm,
+        tokens=int(tokens),
+        supervised_tokens=int(supervised) if totals[1] else 0,
+        parts={name: value for name, value in found.items() if value is not None},
+    )
+
+
+def _count(batches: Sequence[Batch], device: torch.device) -> Tensor:
+    """(5) what the losses are divided by, and what is reported: weights, tokens, documents and continued tokens."""
+    counts = [
+        [0.0, 0, batch.tokens, 0, batch.learnt]
+        if batch.continues
+        else [batch.weight, batch.learnt, batch.tokens, batch.documents, 0]
+        for batch in batches
+    ]
+    return torch.tensor(counts, dtype=torch.float64, device=device).sum(0)
 
 
 def _clip(objective: nn.Module, max_grad_norm: float) -> float:
@@ -123,7 +133,7 @@ def evaluate_loss(objective: nn.Module, batches: Iterable[Batch], accelerator: A
             for number, batch in enumerate(batches):
                 if not number:
                     stack.enter_context(attention_for(module.model, batch))
-                sums += torch.stack([value.double() for value in module(batch.to(accelerator.device))])
+                sums += torch.stack([value.double() for value in module(batch.to(accelerator.device))[:3]])
     finally:
         module.train(training)
     reduced: Tensor = accelerator.reduce(sums, "sum")

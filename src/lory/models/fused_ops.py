@@ -1,0 +1,216 @@
+"""The parts of a decoder layer as pairs of plain functions, forward and backward, for `lory.models.fused_layer`.
+
+Shapes: T tokens (documents one after the other), N heads, D numbers of a head, R a rank. Nothing here is seen by
+autograd. Arguments that a function overwrites are named in its docstring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def measure_scale(x: Tensor, eps: float) -> Tensor:
+    """``1 / sqrt(mean(x^2) + eps)`` over the last dimension, kept: (..., 1) in fp32 or higher (RMSNorm)."""
+    precise = torch.promote_types(x.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=precise)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def normalise(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467, equation 4): ``weight * (x * scale)``, as transformers
+    rounds it: the inner product in `scale`'s dtype, the outer in x's."""
+    y = x * scale
+    return y.mul_(weight) if y.dtype == x.dtype else y.to(x.dtype).mul_(weight)
+
+
+def add_normalise_gradient(total: Tensor, grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """`total` plus the gradient of `normalise` to x; `total` and `grad` are overwritten.
+
+    With g = weight * grad: ``dx = scale * g - x * scale^3 * mean(g * x)``.
+    """
+    precise = scale.dtype
+    grad = grad.mul_(weight).to(precise)
+    wide = x.to(precise)
+    factor = (grad * wide).mean(-1, keepdim=True).mul_(scale.square()).mul_(scale)
+    change = grad.mul_(scale).addcmul_(wide, factor, value=-1.0)
+    return total.add_(change)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    """Rotary embedding (Su et al. 2021, arXiv 2104.09864, equation 34) with the halves paired, as transformers does.
+
+    Args:
+        x: (T, N, D).
+        cos, sin: (T, D).
+        back: give the transposed product instead, which is the gradient's way.
+    """
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, None], sin[:, None]
+    y = x * cos
+    # y1 = x1 c1 - x2 s1, y2 = x2 c2 + x1 s2; transposed: y1 = x1 c1 + x2 s2, y2 = x2 c2 - x1 s1
+    first, second = (sin[..., half:], sin[..., :half]) if back else (sin[..., :half], sin[..., half:])
+    sign = 1.0 if back else -1.0
+    y[..., :half].addcmul_(x[..., half:], first, value=sign)
+    y[..., half:].addcmul_(x[..., :half], second, value=-sign)
+    return y
+
+
+class Factors(NamedTuple):
+    """A projection's adapter."""
+
+    lora_A: Tensor
+    """(R, in)"""
+    lora_B: Tensor
+    """(out, R)"""
+    scaling: float
+    dropout: float
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A frozen linear layer with or without an adapter."""
+
+    weight: Tensor
+    """(out, in)"""
+    bias: Tensor | None
+    factors: Factors | None
+
+
+class Kept(NamedTuple):
+    """What the backward of an adapter needs beside the layer's input; both None without an adapter."""
+
+    h: Tensor | None = None
+    """(T, R) A dropout(x)."""
+    mask: Tensor | None = None
+    """(T, in) what the dropout kept."""
+
+
+def project(x: Tensor, projections: Sequence[Projection], residual: Tensor | None = None) -> list[tuple[Tensor, Kept]]:
+    """``W x + bias + scaling * B A dropout(x)`` of each projection: (T, out), and what its backward needs.
+
+    Args:
+        x: (T, in), the input that the projections share.
+        residual: (T, out) added to the outputs.
+    """
+    narrow = _project_down(x, projections)
+    results = []
+    for projection, shared in zip(projections, narrow, strict=True):
+        y = (
+            F.linear(x, projection.weight, projection.bias)
+            if residual is None
+            else _add_linear(residual, x, projection)
+        )
+        kept = shared
+        if factors := projection.factors:
+            if shared.h is None:
+                kept = _drop_and_project(x.to(factors.lora_A.dtype), factors)
+            assert kept.h is not None
+            y = _add_product(y, kept.h, factors.lora_B.t(), factors.scaling)
+        results.append((y, kept))
+    return results
+
+
+def _drop_and_project(x: Tensor, factors: Factors) -> Kept:
+    """A dropout(x), with the mask that F.dropout and lory's own layers draw under the same seed."""
+    if x.is_cpu:
+        mask = torch.empty_like(x, dtype=torch.uint8).bernoulli_(1.0 - factors.dropout)
+        return Kept((_apply_mask(x, mask) @ factors.lora_A.t()).div_(1.0 - factors.dropout), mask)
+    dropped, mask = torch.native_dropout(x, factors.dropout, True)
+    return Kept(dropped @ factors.lora_A.t(), mask)
+
+
+def _apply_mask(x: Tensor, mask: Tensor) -> Tensor:
+    """x where the mask is one, else zero, in x's dtype; a CPU multiplies two dtypes by way of copies."""
+    return mask.to(x.dtype).mul_(x)
+
+
+def _add_product(y: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """``y + scaling * left right`` in y's dtype, rounded once; `y` is overwritten where that saves memory."""
+    precise = torch.promote_types(y.dtype, left.dtype)
+    return y.to(precise).addmm_(left.to(precise), right.to(precise), alpha=scaling).to(y.dtype)
+
+
+def _add_linear(residual: Tensor, x: Tensor, projection: Projection) -> Tensor:
+    y = torch.addmm(residual, x, projection.weight.t())
+    return y if projection.bias is None else y.add_(projection.bias)
+
+
+def _sharing(projections: Sequence[Projection]) -> list[Factors]:
+    """The adapters that see x as it is, whose A can be stacked into one matrix."""
+    return [p.factors for p in projections if p.factors and not p.factors.dropout]
+
+
+def _project_down(x: Tensor, projections: Sequence[Projection]) -> list[Kept]:
+    """x A^T of the adapters without dropout, by one product: A's few rows alone leave a CPU waiting."""
+    sharing = _sharing(projections)
+    if not sharing:
+        return [Kept()] * len(projections)
+    stacked = torch.cat([factors.lora_A for factors in sharing]) if len(sharing) > 1 else sharing[0].lora_A
+    parts = iter((x.to(stacked.dtype) @ stacked.t()).split([len(factors.lora_A) for factors in sharing], dim=1))
+    return [Kept(next(parts)) if p.factors and not p.factors.dropout else Kept() for p in projections]
+
+
+def project_back(
+    grads: Sequence[Tensor], x: Tensor | None, projections: Sequence[Projection], kept: Sequence[Kept], need_x: bool
+) -> tuple[Tensor | None, list[tuple[Tensor, Tensor] | None]]:
+    """The gradients of `project` to its input (None unless `need_x`) and to each projection's A and B.
+
+    Args:
+        grads: (T, out) of each projection.
+        x: (T, in) the input; needed where there is an adapter.
+    """
+    grad_x: Tensor | None = None
+    if need_x:
+        grad_x = grads[0] @ projections[0].weight
+        for grad, projection in zip(grads[1:], projections[1:], strict=True):
+            grad_x.addmm_(grad, projection.weight)
+    narrow: list[Tensor] = []
+    pairs: list[tuple[Tensor, Tensor] | None] = []
+    for grad, projection, (h, mask) in zip(grads, projections, kept, strict=True):
+        factors = projection.factors
+        if factors is None:
+            pairs.append(None)
+            continue
+        assert h is not None
+        assert x is not None
+        lora_A, lora_B, scaling, dropout = factors
+        wide = grad.to(lora_A.dtype)
+        grad_h = (wide @ lora_B).mul_(scaling / (1.0 - dropout))
+        # transposed at the end: the wide matrix is read along its rows
+        grad_B = (h.t() @ wide).mul_(scaling).t()
+        if mask is None:
+            narrow.append(grad_h)
+            pairs.append((grad_h, grad_B))  # grad_A takes its place below
+            continue
+        pairs.append((grad_h.t() @ _apply_mask(x.to(lora_A.dtype), mask), grad_B))
+        if grad_x is not None:
+            grad_x += _apply_mask(grad_h @ lora_A, mask).to(grad_x.dtype)
+    if narrow:
+        assert x is not None
+        grad_x = _share_back(narrow, x, projections, pairs, grad_x)
+    return grad_x, pairs
+
+
+def _share_back(
+    narrow: list[Tensor],
+    x: Tensor,
+    projections: Sequence[Projection],
+    pairs: list[tuple[Tensor, Tensor] | None],
+    grad_x: Tensor | None,
+) -> Tensor | None:
+    """The gradients to x and A of the adapters whose A were stacked; `pairs` gets the latter."""
+    sharing = _sharing(projections)
+    stacked = torch.cat([factors.lora_A for factors in sharing]) if len(sharing) > 1 else sharing[0].lora_A
+    grad_h = torch.cat(narrow, dim=1) if len(narrow) > 1 else narrow[0]
+    parts = iter((grad_h.t() @ x.to(stacked.dtype)).split([len(factors.lora_A) for factors in sharing]))
+    for index, projection in enumerate(projections):
+        pair = pairs[index]
+        if pair is not None and projection.factors and not projection.factors.dropout:
+            pairs[index] = (next(parts), pair[1])
+    return grad_x if grad_x is None else _add_product(grad_x, grad_h, stacked, 1.0)

@@ -1,0 +1,279 @@
+"""The guard finds loops of any period soon, takes lists, tables and code for what they are, and acts by its policy."""
+
+from __future__ import annotations
+
+import random
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
+
+from lory.decoding.guard import Policy, PolicyGuard, RepetitionGuard, RepetitionStop, Words, find_loop
+from lory.decoding.loop import decode_steps
+from lory.runtime import UsageError
+
+Encode = Callable[[str], list[int]]
+
+PROSE = (
+    "The harbour lay quiet in the early light, and the first boats were already out on the water. Anna had walked "
+    "down from the station with her bag over one shoulder; she stopped at the wall and counted the masts. Somebody "
+    "was frying fish. A dog slept beside the nets, and two children threw stones at a bottle that would not sink. "
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2: Path) -> Any:
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="module")
+def words(tokenizer: Any) -> Words:
+    return Words(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def encode(tokenizer: Any) -> Encode:
+    return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("period", [1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 200])
+def test_a_loop_is_found_with_its_place_and_period(period: int) -> None:
+    start, loop = list(range(1000, 1050)), list(range(period))
+    guard = RepetitionGuard()
+    found = find_loop(start + loop * 40, guard)
+    assert found
+    assert (found.start, found.period) == (50, period)
+    assert len(guard) - 50 <= max(3 * period, 32)
+    assert found.kind == ("token" if period == 1 else "phrase" if period <= 8 else "passage")
+    assert found.repeats == pytest.approx((len(guard) - 50) / period)
+
+
+@pytest.mark.parametrize("mode", ["changed", "drifting"])
+def test_loops_with_changed_tokens_are_found(mode: Literal["changed", "drifting"]) -> None:
+    draw = random.Random(0)
+    delays = []
+    for _ in range(200):
+        period = draw.randint(16, 200)
+        base = copy = [draw.randrange(5000) for _ in range(period)]
+        ids = list(base)
+        for _ in range(9):
+            copy = [
+                draw.randrange(5000) if draw.random() < 0.03 else token
+                for token in (base if mode == "changed" else copy)
+            ]
+            ids += copy
+        guard = RepetitionGuard()
+        loop = find_loop(ids, guard)
+        assert loop
+        assert loop.kind == "drift" or loop.changed == 0
+        delays.append(len(guard) / period)
+    # the first copy and three more
+    assert sum(delay <= 4 for delay in delays) >= 0.85 * len(delays)
+
+
+def test_words_that_repeat_are_found_in_text(encode: Encode, words: Words) -> None:
+    for repeated in (
+        "I am sorry, but I cannot say. ",
+        " very",
+        "The cat sat on the mat and looked at me. ",
+        "我很高兴，",
+    ):
+        ids = encode(PROSE) + encode(repeated * 40)
+        guard = RepetitionGuard(words)
+        loop = find_loop(ids, guard)
+        assert loop, repeated
+        assert len(guard) - len(encode(PROSE)) <= max(3 * loop.period, 36), repeated
+
+
+ORDINARY = {
+    "list": "".join(f"- item {number}: {word}\n" for number, word in enumerate(PROSE.split())),
+    "numbered steps": "".join(f"{n}. Press the key {n} and wait for the lamp {n + 1} to go on.\n" for n in range(40)),
+    "table": "| a | b | c |\n| --- | --- | --- |\n" + "".join(f"| {n} | 0 | {n % 2} |\n" for n in range(40)),
+    "zeros": "1" + "0" * 200,
+    "matrix": "[" + "0, " * 90 + "0]",
+    "rules": "Title\n" + "-" * 120 + "\n" + PROSE + "\n" + "=" * 120 + "\n",
+    "json": "[" + ",\n".join(f'{{"id": {n}, "name": "{w}", "ok": true}}' for n, w in enumerate(PROSE.split())) + "]",
+    "refrain": "\n\n".join(
+        f"{PROSE[70 * n : 70 * n + 70]}\n\nRow, row, row your boat\nGently down the stream" for n in range(4)
+    ),
+    "sums": "".join(f"{n} x 7 = {7 * n}\n" for n in range(40)),
+    "code": "".join(
+        f"def get_{word.strip('.,;')}(self):\n    return self._{word.strip('.,;')}\n\n" for word in PROSE.split()
+    ),
+    "emphasis": "No, no, no, no! " + PROSE + " Ha ha ha ha ha. " + "哈哈哈哈哈",
+}
+
+
+@pytest.mark.parametrize("kind", ORDINARY)
+def test_what_is_regular_is_no_loop(kind: str, encode: Encode, words: Words) -> None:
+    assert find_loop(encode(ORDINARY[kind]), RepetitionGuard(words)) is None
+
+
+def test_source_code_raises_no_alarm(encode: Encode, words: Words) -> None:
+    folder = Path(sysconfig.get_path("stdlib"))
+    for name in ("argparse", "json/decoder", "heapq", "textwrap", "calendar", "statistics", "token", "stat", "errno"):
+        path = folder / f"{name}.py"
+        if path.exists():
+            assert find_loop(encode(path.read_text(encoding="utf-8")[:20_000]), RepetitionGuard(words)) is None, name
+
+
+def test_a_loop_that_goes_on_is_reported_again() -> None:
+    guard = RepetitionGuard()
+    loops = [loop for token in list(range(20)) * 12 if (loop := guard.feed(token))]
+    assert len(loops) >= 2
+    assert {loop.period for loop in loops} == {20}
+    assert loops[1].start >= loops[0].start + 2 * 20
+
+
+def test_after_a_way_back_the_kept_copy_is_no_loop() -> None:
+    guard = RepetitionGuard()
+    loop = find_loop(list(range(20)) * 3, guard)
+    assert loop
+    guard.rewind(20)
+    assert len(guard) == 20
+    assert find_loop(range(100, 200), guard) is None
+    assert find_loop(list(range(300, 320)) * 3, guard)
+
+
+def test_a_token_costs_next_to_nothing(encode: Encode, words: Words) -> None:
+    ids = encode(PROSE * 2 + ORDINARY["table"] + ORDINARY["json"]) * 4
+    guard = RepetitionGuard(words)
+    started = time.perf_counter()
+    for token in ids:
+        guard.feed(token)
+    # about 1 microsecond on an idle machine
+    assert (time.perf_counter() - started) / len(ids) < 30e-6
+
+
+def test_a_period_of_none_is_refused() -> None:
+    with pytest.raises(UsageError, match="max_period = 0"):
+        RepetitionGuard(max_period=0)
+
+
+def decode(guard: PolicyGuard, cycle: int, tokens: int) -> list[int]:
+    """A decode loop whose model counts to `cycle` over and over; gives the answer."""
+    ids = [97, 98, 99]
+    while len(ids) < 3 + tokens:
+        scores = torch.ones(1, 100)
+        scores[0, (ids[-1] + 1) % cycle if len(ids) > 3 else 0] = 5.0
+        verdict = guard(torch.tensor([ids]), scores)
+        if verdict and verdict.back:
+            del ids[-verdict.back :]
+            continue
+        if verdict and verdict.stop is not None and verdict.stop[0]:
+            break
+        ids.append(int((scores if verdict is None or verdict.scores is None else verdict.scores).argmax()))
+    return ids[3:]
+
+
+def test_to_report_changes_nothing() -> None:
+    guard = PolicyGuard("report", prompt_tokens=3)
+    assert decode(guard, 10, 100) == list(range(10)) * 10
+    assert (guard.loops[0][0].start, guard.loops[0][0].period) == (0, 10)
+    assert guard.outcomes == {}
+
+
+@pytest.mark.parametrize(("policy", "outcome"), [("stop", "repetition"), ("retry", "retry")])
+def test_to_stop_or_retry_ends_the_answer(policy: Policy, outcome: str) -> None:
+    guard = PolicyGuard(policy, prompt_tokens=3)
+    assert len(decode(guard, 10, 100)) == 32
+    assert guard.outcomes == {0: outcome}
+
+
+def test_to_penalize_makes_the_loop_less_likely_until_it_is_left() -> None:
+    guard = PolicyGuard("penalize", prompt_tokens=3, limit=20)
+    answer = decode(guard, 10, 900)
+    assert set(answer[:60]) == set(range(10))
+    assert not set(answer[-10:]) <= set(range(10))
+
+
+def test_to_back_up_keeps_one_copy_and_goes_on_otherwise() -> None:
+    guard = PolicyGuard("back_up", prompt_tokens=3, seed=1, limit=50)
+    answer = decode(guard, 10, 60)
+    assert answer[:10] == list(range(10))
+    assert answer[10] != 0
+    assert len(answer) == 60
+    assert answer == decode(PolicyGuard("back_up", prompt_tokens=3, seed=1, limit=50), 10, 60)
+
+
+def test_only_one_answer_at_a_time_goes_back() -> None:
+    with pytest.raises(UsageError, match="for 2 answers at a time"):
+        PolicyGuard("back_up", prompt_tokens=1)(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 5))
+
+
+def test_help_that_does_not_help_ends_in_a_stop() -> None:
+    guard = PolicyGuard("penalize", prompt_tokens=0, limit=2)
+    ids, scores = torch.arange(1000)[None] % 10, torch.zeros(1, 100)
+    stopped = next(
+        end for end in range(1, 1000) if (v := guard(ids[:, :end], scores)) and v.stop is not None and v.stop[0]
+    )
+    assert len(guard.loops[0]) == 3
+    assert stopped < 120
+    assert guard.outcomes == {0: "repetition"}
+
+
+def test_rows_are_guarded_apart_and_padding_is_no_loop() -> None:
+    guard = PolicyGuard("stop", prompt_tokens=0, terminators=[50])
+    ids = torch.stack([torch.arange(90), torch.arange(90) % 10, torch.tensor([1, 2, 50] + [50] * 87)])
+    for end in range(1, 91):
+        guard(ids[:, :end], torch.zeros(3, 100))
+    assert guard.outcomes == {1: "repetition"}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> Any:
+    """A model without attention: each token decides the next, so that greedy decoding must go round in circles."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    return model
+
+
+def test_the_decode_loop_takes_a_guard_as_its_watcher(model: Any) -> None:
+    prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    answers: dict[str, list[int | None]] = {}
+    for policy in ("stop", "back_up"):
+        guard = PolicyGuard(policy, 3, limit=50)
+        answer: list[int | None] = []
+        arguments = {"max_new_tokens": 120, "do_sample": False, "eos_token_id": None}
+        for step in decode_steps(model, prompt, arguments, watch=guard):
+            answer = answer[: len(answer) - step.back] if step.back else answer + step.tokens
+        answers[policy] = [token for token in answer if token is not None]
+    looped, led_out = answers["stop"], answers["back_up"]
+    copy_end = guard.loops[0][0].start + guard.loops[0][0].period
+    assert copy_end < len(looped) < 120
+    assert len(led_out) == 120
+    assert led_out[:copy_end] == looped[:copy_end]
+    assert led_out[copy_end] != looped[copy_end]
+
+
+def test_generate_stops_where_it_loops(model: Any) -> None:
+    stop = RepetitionStop(prompt_tokens=3)
+    prompt = torch.tensor([[5, 6, 7]])
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=120,
+        do_sample=False,
+        eos_token_id=None,
+        stopping_criteria=StoppingCriteriaList([stop]),
+    )
+    assert output.shape[1] < 123
+    loop = stop.loops[0]
+    answer = output[0, 3:].tolist()
+    assert answer[loop.start : loop.start + loop.period] == answer[loop.start + loop.period :][: loop.period]
+
+
+def test_the_stopping_criterion_ends_only_the_row_that_loops() -> None:
+    stop = RepetitionStop(prompt_tokens=3)
+    ids = torch.stack([torch.arange(63), torch.arange(63) % 10])
+    done = [stop(ids[:, :length], None).tolist() for length in range(4, 64)]
+    assert done[0] == [False, False]
+    assert done[-1] == [False, True]
+    assert stop.loops[1].period == 10
+    assert stop.loops[1].start == 0

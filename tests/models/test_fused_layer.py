@@ -1,0 +1,235 @@
+"""Fused layers give the states, the loss and every gradient of the ordinary path and of plain transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lory.adapters.inject import AdapterConfig, attach_lora
+from lory.models import fused_attention
+from lory.models.attention import document_arguments, documents_apart
+from lory.models.fused_body import FusedLayers, fused_layers
+
+LENGTHS = torch.tensor([1, 63, 64, 65, 200])
+# three queries to a key, and heads that do not add up to the hidden size
+ODD = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 10, "max_position_embeddings": 256}
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("Llama", {}),
+    ("Llama", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 6}),
+    ("Llama", {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 1e4}}),
+    ("Qwen2", {}),
+    ("Qwen3", {}),
+    ("Mistral", {"sliding_window": None}),
+    ("Mistral", {"sliding_window": 7}),
+    ("Mistral", {"sliding_window": 70}),
+]
+
+
+def draw(count: int) -> Tensor:
+    return torch.randint(3, 131, (1, count), generator=torch.Generator().manual_seed(1))
+
+
+def prepare(model: Any, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
+    """An adapter on the model in train mode, with values that show; norms that are exact in the model's precision."""
+    generator = torch.Generator().manual_seed(2)
+    model = model.to(dtype)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    for path, norm in list(model.named_modules()):
+        # transformers' own norms compute in fp32 whatever the model's precision is
+        if hasattr(norm, "variance_epsilon") and dtype == torch.float64:
+            exact = nn.RMSNorm(len(norm.weight), eps=norm.variance_epsilon)
+            exact.weight = norm.weight
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, exact)
+    attach_lora(model, AdapterConfig(**({"rank": 3, "alpha": 5} | settings)))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model.train()
+
+
+def fuse(model: Any) -> FusedLayers:
+    fused, reason = fused_layers(model)
+    assert fused is not None, reason
+    return fused
+
+
+def gradients(model: Any, states: Tensor) -> dict[str, Tensor]:
+    """Of a weighted sum of the states to all that is trained."""
+    weight = torch.randn(states.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad((states * weight.to(states.dtype)).sum(), list(named.values()))
+    return dict(zip(named, found, strict=True))
+
+
+def run_ordinarily(model: Any, ids: Tensor, lengths: Tensor = LENGTHS) -> Tensor:
+    with documents_apart(model):
+        states: Tensor = model.base_model(ids, use_cache=False, **document_arguments(lengths, ids.device))[0]
+    return states
+
+
+def assert_alike(model: Any, found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """The states, and each gradient relative to its largest element."""
+    limit = float(expected.detach().abs().max()) * tolerance
+    torch.testing.assert_close(found, expected, rtol=0, atol=limit)
+    ours, theirs = gradients(model, found), gradients(model, expected)
+    for name, gradient in theirs.items():
+        limit = float(gradient.abs().max()) * tolerance
+        assert limit > 0, name
+        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=limit, msg=lambda text, name=name: name + text)
+
+
+@pytest.mark.parametrize(("family", "changes"), FAMILIES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 2e-5)])
+def test_states_and_gradients_equal_the_ordinary_path(
+    random_model: Callable[..., Any], family: str, changes: dict[str, Any], dtype: torch.dtype, tolerance: float
+) -> None:
+    model = prepare(random_model(family, **(ODD | changes)), dtype)
+    ids = draw(int(LENGTHS.sum()))
+    assert_alike(model, fuse(model)(ids, LENGTHS), run_ordinarily(model, ids), tolerance)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_each_document_equals_plain_transformers_on_it_alone(random_model: Callable[..., Any], family: str) -> None:
+    model = prepare(random_model(family, **ODD))
+    ids = draw(int(LENGTHS.sum()))
+    alone = [model.base_model(part, use_cache=False)[0] for part in ids.split(LENGTHS.tolist(), dim=1)]
+    assert_alike(model, fuse(model)(ids, LENGTHS), torch.cat(alone, dim=1), 1e-10)
+
+
+def test_a_packed_row_equals_padded_rows(random_model: Callable[..., Any]) -> None:
+    model = prepare(random_model("Llama", **ODD))
+    ids = draw(int(LENGTHS.sum()))
+    rows = [row[0] for row in ids.split(LENGTHS.tolist(), dim=1)]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.arange(padded.shape[1]) < LENGTHS[:, None]
+    states = model.base_model(padded, attention_mask=mask.long(), use_cache=False)[0]
+    assert_alike(model, fuse(model)(ids, LENGTHS), states[mask][None], 1e-10)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"targets": ["q_proj", "v_proj"], "rank": 8},
+        {"targets": ["o_proj"]},
+        {"targets": ["down_proj"]},
+        {"targets": ["gate_proj", "k_proj"]},
+        {"rank_pattern": {"k_proj": 2, "up_proj": 7}, "alpha_pattern": {"o_proj": 1.5}},
+        {"rslora": True},
+        {"layers": [1]},
+        {"layers": [0], "targets": ["up_proj"]},
+    ],
+)
+def test_any_subset_of_projections_may_be_adapted(random_model: Callable[..., Any], settings: dict[str, Any]) -> None:
+    model = prepare(random_model("Llama", **ODD), **settings)
+    ids = draw(int(LENGTHS.sum()))
+    assert_alike(model, fuse(model)(ids, LENGTHS), run_ordinarily(model, ids), 1e-10)
+
+
+@pytest.mark.parametrize("rank_pattern", [{}, {"q_proj": 2}])
+def test_dropout_draws_what_the_ordinary_path_draws(
+    random_model: Callable[..., Any], rank_pattern: dict[str, int]
+) -> None:
+    model = prepare(random_model("Llama", **ODD), dropout=0.3, rank_pattern=rank_pattern)
+    ids, fused = draw(int(LENGTHS.sum())), fuse(model)
+    torch.manual_seed(7)
+    expected = run_ordinarily(model, ids)
+    torch.manual_seed(7)
+    assert_alike(model, fused(ids, LENGTHS), expected, 1e-10)
+    model.eval()
+    torch.testing.assert_close(fused(ids, LENGTHS), run_ordinarily(model, ids))
+
+
+def test_an_embedding_that_is_trained_gets_its_gradient(random_model: Callable[..., Any]) -> None:
+    model = prepare(random_model("Llama", **ODD), targets=["v_proj"])
+    model.get_input_embeddings().weight.requires_grad = True
+    model.base_model.norm.weight.requires_grad = True
+    ids = draw(int(LENGTHS.sum()))
+    assert_alike(model, fuse(model)(ids, LENGTHS), run_ordinarily(model, ids), 1e-10)
+
+
+def test_a_half_precision_base_learns_as_on_the_ordinary_path(random_model: Callable[..., Any]) -> None:
+    model = prepare(random_model("Qwen3", **ODD), torch.bfloat16)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    ids = draw(int(LENGTHS.sum()))
+    found, expected = fuse(model)(ids, LENGTHS), run_ordinarily(model, ids)
+    assert found.dtype == torch.bfloat16
+    exact = run_ordinarily(model.double(), ids)
+    error, ordinary_error = (float((states - exact).norm() / exact.norm()) for states in (found, expected))
+    assert error < 1.5 * ordinary_error
+
+
+def test_without_gradients_nothing_is_kept(random_model: Callable[..., Any]) -> None:
+    model = prepare(random_model("Llama", **ODD))
+    ids = draw(int(LENGTHS.sum()))
+    with torch.no_grad():
+        states = fuse(model)(ids, LENGTHS)
+    assert states.grad_fn is None
+    torch.testing.assert_close(states, run_ordinarily(model, ids).detach())
+
+
+def test_what_is_kept_grows_with_the_tokens_alone(random_model: Callable[..., Any]) -> None:
+    model = prepare(random_model("Llama", **ODD))
+    fused = fuse(model)
+
+    def count_kept(length: int) -> int:
+        sizes: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            states = fused(draw(length), torch.tensor([length]))
+        assert states.requires_grad
+        return sum(sizes.values())
+
+    base, once, twice = (count_kept(length) for length in (1, 250, 499))
+    # the weights are there whatever the length
+    assert twice - once == pytest.approx(once - base, rel=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 3, 64])
+@pytest.mark.parametrize("window", [None, 1, 5, 64, 100])
+def test_blocks_of_any_size_give_dense_attention(
+    monkeypatch: pytest.MonkeyPatch, block: int, window: int | None
+) -> None:
+    monkeypatch.setattr(fused_attention, "BLOCK_TOKENS", block)
+    monkeypatch.setattr(fused_attention, "WHOLE_TOKENS", 4)
+    lengths = [1, 4, 5, 70]
+    seen = fused_attention.Seen((0, 1, 5, 10, 80), 0.7, window)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (
+        torch.randn(80, heads, 6, generator=generator, dtype=torch.float64).requires_grad_(heads != 5)
+        for heads in (6, 2, 2, 6)
+    )
+    document = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+    i, j = torch.meshgrid(torch.arange(80), torch.arange(80), indexing="ij")
+    visible = (document[i] == document[j]) & (j <= i) & (i - j < (window or 80))
+    scores = torch.einsum("ind,jnd->nij", q, k.repeat_interleave(3, 1)) * 0.7
+    weights = torch.softmax(scores.masked_fill(~visible, -torch.inf), -1)
+    expected = torch.einsum("nij,jnd->ind", weights, v.repeat_interleave(3, 1))
+    with torch.no_grad():
+        torch.testing.assert_close(fused_attention.attend(q, k, v, seen), expected)
+        found = fused_attention.attend_back(grad, q, k, v, seen)
+    for ours, theirs in zip(found, torch.autograd.grad(expected, [q, k, v], grad), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_devices_own_attention_is_the_same(window: int | None) -> None:
+    seen = fused_attention.Seen((0, 1, 9, 30), 0.5, window)
+    q, k, v, grad = (torch.randn(30, heads, 4, dtype=torch.float64) for heads in (6, 2, 2, 6))
+    torch.testing.assert_close(fused_attention._attend_on_device(q, k, v, seen), fused_attention.attend(q, k, v, seen))
+    for ours, theirs in zip(
+        fused_attention._attend_back_on_device(grad, q, k, v, seen),
+        fused_attention.attend_back(grad, q, k, v, seen),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)

@@ -1,0 +1,214 @@
+"""Losses against repetition combine with packing, folding, accumulation and resuming."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from lory.adapters.inject import AdapterConfig, attach_lora
+from lory.adapters.virtual_tokens import Leading
+from lory.data.collate import Batch, collate
+from lory.models.attention import documents_apart
+from lory.training.continuations import continue_texts, is_sequence_step
+from lory.training.feed import Batching
+from lory.training.monitor import read_log
+from lory.training.objective import LossConfig, Objective, UnlikelihoodConfig
+from lory.training.run import train
+from lory.training.step import train_step
+from lory.types import IGNORE, Sample
+
+ALL = LossConfig.model_validate(
+    {"unlikelihood": {"token": 0.7}, "contrastive": {"weight": 0.5, "margin": 0.4}, "embedding_noise": 0.0}
+)
+
+
+def draw_samples(count: int = 6, seed: int = 0) -> list[Sample]:
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for _ in range(count):
+        length = int(torch.randint(3, 17, (), generator=generator))
+        # few different tokens, so that many of the context are candidates
+        ids = tuple(torch.randint(3, 20, (length,), generator=generator).tolist())
+        start = int(torch.randint(0, length - 1, (), generator=generator))
+        samples.append(Sample(ids, (*[IGNORE] * start, *ids[start:])))
+    return samples
+
+
+def adapt(model: PreTrainedModel) -> PreTrainedModel:
+    torch.manual_seed(0)
+    attach_lora(model, AdapterConfig(rank=2, alpha=4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+    return model.double()
+
+
+def gradients(model: PreTrainedModel, batches: list[Batch], config: LossConfig) -> tuple[Any, list[Tensor]]:
+    """The result of a step, and the gradient that it would apply."""
+    objective = Objective(model, config).train()
+    found: list[Tensor] = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            found.extend(p.grad.clone() for p in self.param_groups[0]["params"])
+
+    optimizer = Recorder([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    return train_step(objective, batches, optimizer, schedule, Accelerator(cpu=True), 0.0), found
+
+
+@pytest.fixture
+def model(random_model: Any) -> PreTrainedModel:
+    return adapt(random_model("llama"))
+
+
+def literal(model: PreTrainedModel, samples: list[Sample], config: LossConfig) -> float:
+    """The papers' sums written out, a document at a time; the means are over all learnt tokens and all documents."""
+    total, learnt, contrastive = 0.0, 0, 0.0
+    for sample in samples:
+        ids = torch.tensor([sample.input_ids])
+        output = model(ids, output_hidden_states=True, use_cache=False)
+        log_probs = F.log_softmax(output.logits[0], -1)
+        for place in range(1, len(sample)):
+            if sample.labels[place] == IGNORE:
+                continue
+            target, scores = sample.labels[place], log_probs[place - 1]
+            total -= float(scores[target])
+            candidates = set(sample.input_ids[:place]) - {target}
+            total -= config.unlikelihood.token * sum(float(torch.log1p(-scores[c].exp())) for c in candidates)
+            learnt += 1
+        states = F.normalize(output.hidden_states[-1][0], dim=-1)
+        cosines = (states @ states.T)[~torch.eye(len(states), dtype=torch.bool)]
+        contrastive += float((cosines - 1 + config.contrastive.margin).clamp(min=0).mean())
+    return total / learnt + config.contrastive.weight * contrastive / len(samples)
+
+
+def test_the_loss_is_the_papers_sums(model: PreTrainedModel) -> None:
+    samples = draw_samples()
+    result, _ = gradients(model, [collate(samples)], ALL)
+    ours = result.loss + ALL.contrastive.weight * result.parts["contrastive"]
+    assert ours == pytest.approx(literal(model, samples, ALL), abs=1e-9)
+
+
+@pytest.mark.parametrize("layout", ["padded", "one by one", "folded"])
+def test_the_gradient_does_not_depend_on_the_layout(model: PreTrainedModel, layout: str) -> None:
+    samples = draw_samples()
+    if layout == "folded":
+        expected = gradients(model, [collate([*samples, *samples[:2], samples[0]])], ALL)
+        found = gradients(model, [collate(samples, counts=[3, 2, 1, 1, 1, 1])], ALL)
+    else:
+        expected = gradients(model, [collate(samples)], ALL)
+        batches = [collate(samples, padded=True)] if layout == "padded" else [collate([s]) for s in samples]
+        found = gradients(model, batches, ALL)
+    assert found[0].loss == pytest.approx(expected[0].loss, abs=1e-9)
+    assert found[0].parts == pytest.approx(expected[0].parts, abs=1e-9)
+    for ours, theirs in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-7)
+
+
+def test_evaluation_is_the_likelihood_alone(model: PreTrainedModel) -> None:
+    samples = draw_samples()
+    with documents_apart(model), torch.no_grad():
+        plain = Objective(model).eval()(collate(samples))
+        ours = Objective(model, ALL).eval()(collate(samples))
+    assert [float(value) for value in ours] == [float(value) for value in plain]
+
+
+def test_noise_comes_from_the_draw_and_only_in_training(model: PreTrainedModel) -> None:
+    config = LossConfig(embedding_noise=5.0)
+    objective, batch = Objective(model, config), collate(draw_samples())
+
+    def loss(seed: int) -> float:
+        with documents_apart(model), torch.no_grad():
+            return float(objective(batch, torch.Generator().manual_seed(seed)).loss)
+
+    assert loss(1) == loss(1) != loss(2)
+    objective.eval()
+    assert loss(1) == loss(2)
+
+
+BATCHING = Batching(padded=False, pad_id=0, leading=Leading(), packing=True, max_tokens=64, folding=False)
+
+
+def test_a_chat_is_continued_from_its_prompt_and_a_text_from_somewhere(model: PreTrainedModel) -> None:
+    config = UnlikelihoodConfig(prefix_tokens=5, completion_tokens=12, sequences=9)
+    chat = Sample(tuple(range(3, 15)), (*[IGNORE] * 7, *range(10, 15)))
+    text = Sample(tuple(range(30, 50)), tuple(range(30, 50)))
+    short = Sample((3, 4), (3, 4))
+    batch = continue_texts(model.float(), [chat, text, short], BATCHING, config, [2], torch.Generator().manual_seed(0))
+    ids = batch.input_ids[0].split(batch.seq_lens.tolist())
+    starts = sorted(tuple(row.tolist()[:5]) for row in ids)
+    assert starts[0] == (3, 4, 5, 6, 7)
+    assert starts[1] == tuple(range(starts[1][0], starts[1][0] + 5))
+    assert 30 <= starts[1][0] <= 45
+    assert batch.continues
+    assert batch.learnt <= 24
+
+
+def test_the_sequence_loss_is_minus_log_one_minus_p_of_what_is_repeated(model: PreTrainedModel) -> None:
+    prefix, answer = (3, 4, 5), (6, 7, 8, 9, 6, 7, 8, 9, 10)
+    repeated = list(range(4, 8))
+    sample = Sample(
+        prefix + answer,
+        (IGNORE,) * 3 + answer,
+        (0.0,) * 3 + tuple(float(place in repeated) for place in range(len(answer))),
+    )
+    from dataclasses import replace
+
+    batch = replace(collate([sample]), continues=True)
+    config = LossConfig.model_validate({"unlikelihood": {"sequence": 2.0}})
+    result, found = gradients(model, [collate(draw_samples()), batch], config)
+    log_probs = F.log_softmax(model(torch.tensor([prefix + answer])).logits[0], -1)
+    loss = -sum(torch.log1p(-log_probs[3 + place - 1, answer[place]].exp()) for place in repeated) / len(answer)
+    assert result.parts["sequence_unlikelihood"] == pytest.approx(float(loss), abs=1e-9)
+    alone, plain = gradients(model, [collate(draw_samples())], config)
+    assert alone.loss == pytest.approx(result.loss, abs=1e-12)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for ours, theirs, grad in zip(found, plain, torch.autograd.grad(2.0 * loss, parameters), strict=True):
+        torch.testing.assert_close(ours, theirs + grad, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25, 0.5, 1.0])
+def test_the_rate_is_the_share_of_steps(rate: float) -> None:
+    config = UnlikelihoodConfig(sequence_rate=rate)
+    steps = [is_sequence_step(config, 3, step) for step in range(400)]
+    assert sum(steps) == 400 * rate
+    assert steps == [is_sequence_step(config, 3, step) for step in range(400)]
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "last" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_resumed_run_is_the_same(quick: dict[str, Any], packing: bool) -> None:
+    quick["data"]["packing"] = packing
+    quick["loss"] = {
+        "unlikelihood": {"token": 0.5, "sequence_rate": 0.5, "sequences": 3, "completion_tokens": 16},
+        "contrastive": {"weight": 0.3},
+        "embedding_noise": 2.0,
+    }
+    quick["train"] |= {"max_steps": 6, "keep_checkpoints": 99, "save_every_steps": 2, "batch_size": 1}
+    run = train(quick).folder
+    expected, log = weights(run), [line for line in read_log(run) if "grad_norm" in line]
+    assert all(line["token_unlikelihood"] > 0 and line["contrastive"] >= 0 for line in log)
+    assert sum("sequence_unlikelihood" in line for line in log) == 3
+    train(run, resume="checkpoint-2")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(run).items())
+
+
+def test_without_extra_losses_the_log_is_as_ever(quick: dict[str, Any]) -> None:
+    quick["train"] |= {"max_steps": 1}
+    (line,) = [line for line in read_log(train(quick).folder) if "grad_norm" in line]
+    assert not {"token_unlikelihood", "sequence_unlikelihood", "contrastive"} & line.keys()
+    assert json.dumps(line)
