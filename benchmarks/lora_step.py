@@ -112,8 +112,11 @@ def build_lory(samples: list[Sample]) -> Step:
 
 def serve(peer: str, samples: list[Sample]) -> None:
     """Take a step for each line of standard input, and answer with its seconds, loss and the peak memory in bytes."""
+    from lory.models.fused_memory import keep_freed_memory
     from lory.models.matmul import choose_fp32_matmul
 
+    if peer == "lory":
+        keep_freed_memory()
     if peer != "peft":
         choose_fp32_matmul(torch.device("cpu"))
     step = build_lory(samples) if peer == "lory" else build_peft(samples)

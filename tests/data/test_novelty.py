@@ -8,7 +8,7 @@ import pytest
 
 from lory.data.novelty import NoveltyIndex, _shingle
 
-WORDS = "a the cat dog bird eats sees likes red green fish bread".split(" ")
+WORDS = ["a", "the", "cat", "dog", "bird", "eats", "sees", "likes", "red", "green", "fish", "bread"]
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.3, 0.4, 0.5, 0.75, 1.0])

@@ -134,6 +134,7 @@ def test_near_duplicates_are_left_out_and_counted(make: Callable[..., Tally], ap
         ("It is so. " * 8, "stop", "repetitive answer"),
         ("Yes.", "stop", "too short an answer"),
         ("word " * 60, "stop", "too long an answer"),
+        ("Half a \ud83d sign.", "stop", "characters that are no text"),
         ("Half of it.", "content_filter", "answer stopped by the API's content filter"),
         (None, "stop", "answer equals its question"),
     ],
@@ -159,12 +160,18 @@ def test_unfit_answers_are_counted_by_reason(
 
 
 def test_unfit_instructions_are_counted_by_reason(make: Callable[..., Tally], api: ChatApi) -> None:
-    odd = ["", "Go on", "word " * 151, "Sing la la la. " * 8]
+    odd = ["", "Half a \ud83d sign is here", "Go on", "word " * 151, "Sing la la la. " * 8]
     api.write = lambda prompt: (
         write_reply(prompt) if not is_prompt(prompt) else json.dumps([*odd, write_instruction(prompt)])
     )
     tally = make(1)
-    names = ("empty instruction", "too short an instruction", "too long an instruction", "repetitive instruction")
+    names = (
+        "empty instruction",
+        "characters that are no text",
+        "too short an instruction",
+        "too long an instruction",
+        "repetitive instruction",
+    )
     assert dict(tally.rejected) == dict.fromkeys(names, 1)
 
 

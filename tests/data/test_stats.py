@@ -130,6 +130,13 @@ def test_everything_adds_up(made: Callable[..., Prepared], tmp_path: Path) -> No
     json.dumps([total, *(source.to_dict() for source in both)])
 
 
+def test_a_source_of_which_nothing_is_left_is_all_zeros(made: Callable[..., Prepared], tmp_path: Path) -> None:
+    long = write(tmp_path / "b.jsonl", [("Long?", "long " * 400)])
+    _, found = describe(made(write(tmp_path / "a.jsonl", PAIRS), long))
+    assert (found.read, found.conversations, found.tokens) == (1, {"train": 0, "eval": 0}, 0)
+    assert (found.lengths, found.languages, found.longest, found.emptiest) == (None, {}, [], [])
+
+
 def test_a_stream_is_described_by_its_first_window(made: Callable[..., Prepared], tmp_path: Path) -> None:
     sources = write(tmp_path / "a.jsonl", PAIRS), write(tmp_path / "b.jsonl", [("Long?", "long " * 400), *PAIRS])
     (window,) = describe(made(*sources, streaming=True, window_samples=8))

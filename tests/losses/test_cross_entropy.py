@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -122,3 +124,13 @@ def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
     (gradient,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.square().sum().backward()
+
+
+def test_a_target_of_vanishing_probability_keeps_a_finite_loss() -> None:
+    logits = torch.tensor([[300.0, 0.0, -400.0], [0.0, 0.0, 0.0]], requires_grad=True)
+    labels = torch.tensor([2, 1])
+    found = cross_entropy(logits, lambda states: states, labels)
+    assert found.loss.item() == pytest.approx(700 + math.log(3))
+    (ours,) = torch.autograd.grad(found.loss, logits)
+    (theirs,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), logits)
+    torch.testing.assert_close(ours, theirs)

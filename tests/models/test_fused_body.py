@@ -78,6 +78,10 @@ def checkpoint(model: Any) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
+def widen(model: Any) -> None:
+    model.double()
+
+
 def mix_precisions(model: Any) -> None:
     model.base_model.norm.to(torch.float64)
 
@@ -90,6 +94,7 @@ def mix_precisions(model: Any) -> None:
         (add_hook, "'model.layers.1.mlp' has a hook"),
         (add_prefix, "the model carries 'lory_prefix'"),
         (checkpoint, "gradient checkpointing is on"),
+        (widen, "layer 0 has a norm that rounds to float32"),
         (mix_precisions, "the weights differ in precision or place"),
     ],
 )
@@ -99,7 +104,7 @@ def test_changed_models_are_not(random_model: Callable[..., Any], change: Callab
     assert fused_layers(model) == (None, reason)
 
 
-def test_padded_rows_and_autocast_take_the_ordinary_path(random_model: Callable[..., Any]) -> None:
+def test_padded_rows_autocast_hooks_and_checkpointing_take_the_ordinary_path(random_model: Callable[..., Any]) -> None:
     model = adapt(random_model("Llama"))
     fused, _ = fused_layers(model)
     assert fused is not None
@@ -107,6 +112,10 @@ def test_padded_rows_and_autocast_take_the_ordinary_path(random_model: Callable[
     assert not fused.covers(torch.ones(1, 3))
     with torch.autocast("cpu", torch.bfloat16):
         assert not fused.covers(None)
+    handle = model.base_model.layers[0].register_forward_hook(lambda *_: None)
+    assert not fused.covers(None)
+    handle.remove()
+    assert fused.covers(None)
     checkpoint(model)
     assert not fused.covers(None)
 

@@ -161,7 +161,7 @@ def test_a_half_precision_base_learns_as_on_the_ordinary_path(random_model: Call
     found, expected = fuse(model)(ids, LENGTHS), run_ordinarily(model, ids)
     assert found.dtype == torch.bfloat16
     exact = run_ordinarily(model.double(), ids)
-    error, ordinary_error = (float((states - exact).norm() / exact.norm()) for states in (found, expected))
+    error, ordinary_error = (((states - exact).norm() / exact.norm()).item() for states in (found, expected))
     assert error < 1.5 * ordinary_error
 
 

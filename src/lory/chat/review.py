@@ -136,7 +136,7 @@ def read_queue(path: Path) -> list[Reviewed]:
 
 def count_decisions(path: Path) -> dict[str, int]:
     """How many items there are of each decision, and ``pending``."""
-    counts = Counter(reviewed.decision or "pending" for reviewed in read_queue(path))
+    counts: Counter[str] = Counter(reviewed.decision or "pending" for reviewed in read_queue(path))
     return {name: counts[name] for name in ("pending", *DECISIONS)}
 
 
@@ -192,20 +192,17 @@ def _export(records: Sequence[Mapping[str, Any]], target: Path, missing: str) ->
 
 
 def _parse_item(value: Any, where: str) -> ReviewItem:
-    prompt = value.get("prompt") if isinstance(value, dict) else None
-    is_prompt = (
-        isinstance(prompt, Sequence)
-        and not isinstance(prompt, str)
-        and bool(prompt)
-        and all(isinstance(m, Mapping) and m.get("role") in ROLES and "content" in m for m in prompt)
-    )
-    if not is_prompt or not isinstance(value["answer"] if "answer" in value else None, str):
+    values = value if isinstance(value, dict) else {}
+    prompt, answer = values.get("prompt"), values.get("answer")
+    is_list = isinstance(prompt, list | tuple) and bool(prompt)
+    messages = cast("Sequence[Any]", prompt) if is_list else ()
+    fits = all(isinstance(m, Mapping) and m.get("role") in ROLES and "content" in m for m in messages)
+    if not messages or not fits or not isinstance(answer, str):
         raise UsageError(
             f"{where} has no messages under 'prompt', or no text under 'answer', as an item to review has."
         )
-    texts = {key: str(value.get(key, "")) for key in ("reason", "model", "time")}
-    messages = cast("Sequence[Mapping[str, Any]]", prompt)
-    return ReviewItem(messages, value["answer"], scores=dict(value.get("scores") or {}), **texts)
+    texts = {key: str(values.get(key, "")) for key in ("reason", "model", "time")}
+    return ReviewItem(messages, answer, scores=dict(values.get("scores") or {}), **texts)
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:

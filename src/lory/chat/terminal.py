@@ -185,7 +185,7 @@ def _list_options(options: dict[str, Any], separator: str) -> str:
 
 def _note_on_sampling(session: Session, changed: set[str]) -> str:
     """Says so if what was changed is without effect for now."""
-    if session.options.do_sample or not changed & {"temperature", "top_k", "top_p", "min_p", "seed"}:
+    if session.options.do_sample or not changed & {"temperature", "top_k", "top_p", "min_p", "typical_p", "seed"}:
         return ""
     return " It takes effect with :conf do_sample=true."
 

@@ -108,7 +108,8 @@ class Journal:
 
     def _write(self, value: Mapping[str, Any]) -> None:
         try:
-            self._file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+            # in ASCII, which also holds the half characters that a model may write
+            self._file.write(json.dumps(value).encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
         except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from lory.data.records import is_fit
 from lory.metrics.repetition import seq_rep_n
 from lory.metrics.words import split_words
 
@@ -13,6 +14,7 @@ spaces, characters."""
 MOST_REPETITION = 0.3
 """The largest share of 4-grams of words that repeat one before them."""
 
+NO_TEXT = "characters that are no text"
 _FEWEST_FOR_REPETITION = 16
 _REFUSAL_CHARACTERS = 200
 _REFUSAL = re.compile(
@@ -29,6 +31,8 @@ _UNFINISHED = re.compile(r"[,:;(\[{，：；、（「『-]\s*$")
 
 def judge_instruction(text: str) -> str:
     """Why an instruction is unfit; empty if it is fit."""
+    if not is_fit(text):
+        return NO_TEXT
     words = split_words(text)
     fewest, most = INSTRUCTION_WORDS
     if not words:
@@ -48,6 +52,8 @@ def judge_answer(question: str, answer: str, finish_reason: str, fewest_words: i
     """
     if finish_reason == "content_filter":
         return "answer stopped by the API's content filter"
+    if not is_fit(answer):
+        return NO_TEXT
     words = split_words(answer)
     if not answer.strip():
         return "empty answer"

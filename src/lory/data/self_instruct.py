@@ -18,7 +18,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,11 +212,12 @@ class _Work:
         """Ask for instructions, then for the answers of those that are new, as many as are still wanted."""
         # the first rounds are small, for counts that are; never by the count itself, which may grow at a resumption
         prompts = [self._compose(number, slot) for slot in range(min(_MOST_PROMPTS, 2**number))]
-        fresh = [at for reply in await self._ask_all(prompts) for at in self._take_instructions(reply)]
+        fresh = [at async for reply in self._ask_all(prompts) for at in self._take_instructions(reply)]
         while fresh and (wanted := self.recipe.count - len(self.records)) > 0:
             chosen, fresh = fresh[:wanted], fresh[wanted:]
-            for at, reply in zip(chosen, await self._ask_all([self._question(at) for at in chosen]), strict=True):
-                self._take_answer(self.new[at], reply)
+            questions = iter(chosen)
+            async for reply in self._ask_all([self._question(at) for at in chosen]):
+                self._take_answer(self.new[next(questions)], reply)
 
     def _compose(self, number: int, slot: int) -> Call:
         """A prompt that shows some seeds and some new instructions and asks for more."""
@@ -238,11 +239,18 @@ class _Work:
         system = [{"role": "system", "content": self.recipe.system}] if self.recipe.system else []
         return [*system, {"role": "user", "content": instruction}]
 
-    async def _ask_all(self, calls: Sequence[Call]) -> list[Reply]:
-        """The replies in the order of the calls; the first failure ends the others."""
+    async def _ask_all(self, calls: Sequence[Call]) -> AsyncIterator[Reply]:
+        """The replies in the order of the calls, each as soon as it can be; the first failure ends them all."""
         tasks = [asyncio.create_task(self._ask(name, messages)) for name, messages in calls]
+        waiting, given = set(tasks), 0
         try:
-            return await asyncio.gather(*tasks)
+            while waiting:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()  # raises what it failed of
+                while given < len(tasks) and tasks[given].done():
+                    yield tasks[given].result()
+                    given += 1
         finally:
             for task in tasks:
                 task.cancel()

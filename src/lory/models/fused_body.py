@@ -54,10 +54,10 @@ class FusedLayers:
         return body.norm(x)[None]
 
     def covers(self, attention_mask: Tensor | None) -> bool:
-        """Whether this forward may be fused: not of padded rows, and not where autocast chooses the precision."""
+        """Whether this forward may be fused: not of padded rows, nor with autocast, hooks or checkpointing by now."""
         device = self.model.device.type
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        return attention_mask is None and not autocast and not _is_checkpointed(self.model)
+        return attention_mask is None and not autocast and not _explain_modules(self.model)
 
 
 def fused_layers(model: PreTrainedModel) -> tuple[FusedLayers | None, str]:
@@ -81,21 +81,24 @@ def _explain_body(model: PreTrainedModel) -> str:
     others = [path for path, part in model._modules.items() if part is not body and path != "lm_head"]
     if others:
         return f"the model carries '{others[0]}'"
-    if _is_checkpointed(model):
-        return "gradient checkpointing is on"
-    for path, part in model.named_modules():
-        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
-            return f"'{path}' has a hook"
-        if "forward" in part.__dict__:
-            return f"'{path}' has a forward of its own"
+    if reason := _explain_modules(model):
+        return reason
     weights = [p for n, p in model.base_model.named_parameters() if ".lora_" not in n]
     if len({(p.dtype, p.device) for p in weights}) > 1 or not weights[0].is_floating_point():
         return "the weights differ in precision or place"
     return ""
 
 
-def _is_checkpointed(model: nn.Module) -> bool:
-    return any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+def _explain_modules(model: nn.Module) -> str:
+    """What was put around a module, which running the layers as functions would pass by; it can come at any time."""
+    for path, part in model.named_modules():
+        if getattr(part, "gradient_checkpointing", False):
+            return "gradient checkpointing is on"
+        if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+            return f"'{path}' has a hook"
+        if "forward" in part.__dict__:
+            return f"'{path}' has a forward of its own"
+    return ""
 
 
 def _explain_layer(layer: nn.Module) -> str:
@@ -120,6 +123,8 @@ def _explain_layer(layer: nn.Module) -> str:
     for norm in norms:
         if set(dict(norm.named_parameters())) != {"weight"} or not _epsilon(norm):
             return "has a norm that is not RMSNorm"
+        if hasattr(norm, "variance_epsilon") and norm.weight.dtype == torch.float64:
+            return "has a norm that rounds to float32"  # as transformers' own do
         if norm.weight.requires_grad:
             return "has a norm that is trained"
         if norm.weight.ndim != 1:
