@@ -108,9 +108,12 @@ def main() -> None:
     folder = prepare_smollm2()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prefixes = read_prefixes(options.data, options.prefixes, AutoTokenizer.from_pretrained(folder))
-    report: dict[str, Any] = {"speed": time_rounds(model, prefixes[:1], options.rounds, PENALTY_ALPHA, TOP_K)}
     say = (lambda *_, **__: None) if options.json else print
-    say(json.dumps(report["speed"]), flush=True)
+    report: dict[str, Any] = {}
+    for k in options.top_k:
+        name = f"speed, k {k}"
+        report[name] = time_rounds(model, prefixes[:1], options.rounds, PENALTY_ALPHA, k)
+        say(name, json.dumps(report[name]), flush=True)
     report["greedy"] = measure_repetition(model, prefixes)
     say("greedy", json.dumps(report["greedy"]), flush=True)
     for alpha in options.alphas:

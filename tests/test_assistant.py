@@ -92,7 +92,8 @@ def test_a_question_alone_is_a_user_message(tiny: Assistant) -> None:
 
 def test_the_prompt_is_the_one_that_was_trained_on(tiny: Assistant) -> None:
     messages = (*(Message(**message) for message in CHAT), Message("assistant", "Rome."))
-    (sample,) = Encoder(tiny.tokenizer, tiny.terminators, 512, loss_on="last").encode(Conversation(messages))
+    encoder = Encoder(tiny.tokenizer, tiny.terminators, 512, loss_on="last")
+    (sample,) = encoder.encode(Conversation(messages)).samples
     prompt = tiny.prompt_ids(CHAT)
     assert list(sample.input_ids[: len(prompt)]) == prompt
     assert sample.labels[len(prompt)] == sample.input_ids[len(prompt)]

@@ -356,7 +356,8 @@ def test_checkpointed_layers_give_the_same_gradients(variant: str, load_random: 
         _, found = gradients(model, objective, batch)
     assert any(gradient.any() for gradient in found)
     for gradient, wanted in zip(found, expected, strict=True):
-        assert torch.equal(gradient, wanted)
+        # layers that are not checkpointed are computed by another path
+        torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-4)
 
 
 def test_a_prefix_of_padded_rows_refuses_checkpointed_layers(load_random: Load) -> None:

@@ -30,9 +30,12 @@ class LossOn(str, Enum):
 def eval(
     model: Model,
     data: Annotated[
-        list[str] | None, typer.Option(help="File, folder, hub data set or `identity`; FILE#200 draws 200 records.")
+        list[str] | None,
+        typer.Option(help="File, folder, hub data set or `identity`; FILE#200 draws 200; or '{path: FILE, ...}'."),
     ] = None,
-    most: Annotated[int | None, typer.Option("-n", min=1, help="Draw so many records of each source.")] = None,
+    most: Annotated[
+        int | None, typer.Option("-n", min=1, help="So many records (of plain texts: windows) of each source.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="The assistant's name, for identity and {{name}}.")] = None,
     author: Annotated[str | None, typer.Option(help="Who made it, for identity and {{author}}.")] = None,
     max_tokens: Annotated[int, typer.Option(min=8, help="Longest record, in tokens; longer ones are left out.")] = 2048,
@@ -154,11 +157,14 @@ def _read_lengths(text: str) -> tuple[int, int]:
 
 
 def _read_source(text: str, name: str | None, author: str | None) -> SourceConfig:
-    from lory.config import build
+    from lory.config import build, parse_yaml
     from lory.data.source_config import SourceConfig, read_short_form
 
+    where = f"--data {text}"
+    # the long form, as in a config
+    values = parse_yaml(text, where) if text.startswith("{") else read_short_form(text)
     who = {key: value for key, value in (("name", name), ("author", author)) if value is not None}
-    return build(SourceConfig, {**read_short_form(text), **who}, f"--data {text}")
+    return build(SourceConfig, {**values, **who}, where)
 
 
 def _describe(settings: Settings) -> dict[str, Any]:
@@ -203,16 +209,18 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _print(result: Mapping[str, Any], out: Path | None, review: Path | None) -> None:
-    sources = result.get("sources", {})
-    for source, scores in sources.items():
-        print(source)
-        _print_scores(scores)
-    if len(sources) > 1:
-        print("all sources")
-        _print_scores(result["all"])
+    sources: dict[str, Any] = result.get("sources", {})
+    if sources:
+        columns = {name: _flatten(scores) for name, scores in sources.items()}
+        if len(sources) > 1:
+            columns["all"] = _flatten(result["all"])
+        _print_table(columns)
     for task, scores in result.get("tasks", {}).items():
         print(task)
         print("".join(f"  {key:<24} {_number(value)}\n" for key, value in scores.items() if key != "alias"), end="")
+    for name, scores in sources.items():
+        print("".join(f"{name}: dropped {count:,}: {reason}\n" for reason, count in scores["dropped"].items()), end="")
+        print("".join(f"{name}: {note}\n" for note in scores["notes"]), end="")
     for note in result.get("notes", ()):
         print(f"note: {note}")
     if review is not None:
@@ -221,21 +229,31 @@ def _print(result: Mapping[str, Any], out: Path | None, review: Path | None) -> 
         print(f"{out}: scores.json, predictions.jsonl, predictions.html")
 
 
-def _print_scores(scores: Mapping[str, Any], depth: int = 1) -> None:
-    """Nested scores, one a line; groups are indented under their name."""
+def _flatten(scores: Mapping[str, Any], above: str = "") -> dict[str, float | None]:
+    """The numbers in nested scores under their dotted names, without the single windows of rep/l."""
+    flat: dict[str, float | None] = {}
     for key, value in scores.items():
-        indent = "  " * depth
-        if isinstance(value, dict):
-            if value:
-                print(f"{indent}{key}")
-                _print_scores(value, depth + 1)
-        elif isinstance(value, list):
-            print("".join(f"{indent}note: {line}\n" for line in value), end="")
-        else:
-            print(f"{indent}{key:<{26 - 2 * depth}} {_number(value)}")
+        if isinstance(value, dict) and key != "dropped":
+            flat |= _flatten(value, f"{above}{key}.")
+        elif (value is None or isinstance(value, int | float)) and "/" not in key:
+            flat[f"{above}{key}"] = value
+    return flat
+
+
+def _print_table(columns: Mapping[str, Mapping[str, float | None]]) -> None:
+    """A row for each score and a column for each source."""
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    widest = max(map(len, names))
+    widths = {title: max(10, len(title)) for title in columns}
+    print(" " * widest, *(f"{title:>{width}}" for title, width in widths.items()), sep="  ")
+    for name in names:
+        cells = (f"{_number(columns[title].get(name, '')):>{width}}" for title, width in widths.items())
+        print(f"{name:<{widest}}", *cells, sep="  ")
 
 
 def _number(value: Any) -> str:
+    if value is None:
+        return "inf"
     if isinstance(value, float) and not value.is_integer():
         return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.1f}"
     return f"{value:,.0f}" if isinstance(value, int | float) else str(value)

@@ -20,7 +20,7 @@ from lory.data.workers import encode_all
 from lory.runtime import LoryError, cache_folder, log, write_aside
 
 # Raise it when reading, conversion or encoding change, so that old stores are not used
-_VERSION = 1
+_VERSION = 2
 _MOST_BYTES = 20 * 2**30
 """When the cache holds more, the stores that were not used for the longest time are deleted."""
 

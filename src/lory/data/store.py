@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 SAMPLES, CONVERSATIONS, SUMMARY = "samples.arrow", "conversations.arrow", "summary.json"
+_INSIDE = "\x00"
+"""Stands in a stored place for what the source is called."""
 _REMEMBERED = 100_000
 """How many conversations are remembered, to find equal ones before they are encoded."""
 
@@ -136,7 +138,10 @@ class Writer:
                 self._samples.append((sample.input_ids, spans, weights))
             self._next += len(encoded.samples)
         first, count, dropped = self._known[digest]
-        question, where = digest_question(conversation), conversation.where.removeprefix(self.origin)
+        question, where = digest_question(conversation), conversation.where
+        # without the source's own name, so that a renamed one finds its places
+        inside = bool(self.origin) and where.startswith(self.origin)
+        where = _INSIDE + where[len(self.origin) :] if inside else where
         self._conversations.append((digest, question, first, count, where, dropped or None))
         if dropped:
             self.dropped[dropped] += 1
@@ -308,4 +313,5 @@ class Store:
     def place(self, conversation: int) -> str:
         """Where a conversation was read."""
         batch, row = divmod(conversation, _Table._BATCH)
-        return self.origin + str(self._conversations.get_batch(batch).column("where")[row].as_py())
+        where = str(self._conversations.get_batch(batch).column("where")[row].as_py())
+        return self.origin + where[1:] if where.startswith(_INSIDE) else where

@@ -95,11 +95,14 @@ def _show_prompt(prediction: Prediction) -> str:
 
 
 def _compare(target: str, answer: str) -> tuple[str, str]:
-    """Both as HTML; what only the one has is marked as deleted, what only the other has as inserted."""
+    """Both as HTML; between texts that are close, what only the one has is marked as deleted or inserted."""
     one, other = (re.findall(r"\s+|\w+|[^\w\s]", text) for text in (target, answer))
     if max(len(one), len(other)) > _MOST_COMPARED:
         return html.escape(target), html.escape(answer)
-    blocks = difflib.SequenceMatcher(None, one, other, autojunk=False).get_opcodes()
+    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
+    if matcher.ratio() < 0.6:
+        return html.escape(target), html.escape(answer)
+    blocks = matcher.get_opcodes()
     left = "".join(_mark(one[a:b], "del", same=kind == "equal") for kind, a, b, _, _ in blocks)
     return left, "".join(_mark(other[c:d], "ins", same=kind == "equal") for kind, _, _, c, d in blocks)
 

@@ -67,7 +67,8 @@ def read_sources(configs: Sequence[SourceConfig], encoder: Encoder, most: int | 
     """The sources' records, encoded; equal names are numbered.
 
     Args:
-        most: draw so many records of a source that draws no sample of its own; None: all.
+        most: draw so many records of a source that draws no sample of its own, and read so many windows of each source
+            whose texts are longer than a window; None: all.
 
     Raises:
         UsageError: bad data, or a source has nothing to evaluate on.
@@ -77,6 +78,8 @@ def read_sources(configs: Sequence[SourceConfig], encoder: Encoder, most: int | 
         if most is not None and config.sample is None:
             config = config.model_copy(update={"sample": most})
         source = _read(config, encoder)
+        if most is not None:
+            _keep_windows(source, most)
         names = {other.name for other in sources}
         candidates = itertools.chain([source.name], (f"{source.name}-{number}" for number in itertools.count(2)))
         sources.append(replace(source, name=next(name for name in candidates if name not in names)))
@@ -101,6 +104,17 @@ def _read(config: SourceConfig, encoder: Encoder) -> Source:
         raise UsageError(f"{reader.name} has no record to evaluate on: {reasons}; look at its format or --max-tokens.")
     notes = [*reader.notes, *(f"{what}: {count}" for what, count in encoder.notes.items())]
     return Source(reader.name, records, reader.read, dropped, notes)
+
+
+def _keep_windows(source: Source, most: int) -> None:
+    """Leave `most` windows of the source's texts: the first of each, then the second of each, ..."""
+    texts = [record for record in source.records if record.conversation.text is not None]
+    in_turn = sorted((number, index) for index, record in enumerate(texts) for number in range(len(record.samples)))
+    if len(in_turn) > most:
+        kept = Counter(index for _, index in in_turn[:most])
+        for index, record in enumerate(texts):
+            record.samples = record.samples[: kept[index]]
+        source.notes.append(f"windows of plain texts that are read: {most:,} of {len(in_turn):,}")
 
 
 def list_questions(source: Source, encoder: Encoder, most_tokens: int) -> list[Question]:

@@ -39,7 +39,7 @@ class Settings:
     max_tokens: int = 2048
     """Longest sample, in tokens; the model's context if that is shorter."""
     most_records: int | None = None
-    """Records drawn of each source, and prefixes of each that is continued; None: all."""
+    """Records drawn of each source, windows of its plain texts that are read, and prefixes continued; None: all."""
     loss_on: LossOn = "assistant"
     generate: bool = False
     """Let the model answer the prompts of chats."""

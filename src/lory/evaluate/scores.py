@@ -53,7 +53,7 @@ def score_answers(predictions: Sequence[Prediction], notes: list[str]) -> dict[s
         "answers": len(predictions),
         "cut": sum(p.cut for p in predictions),
         "empty": sum(not answer.strip() for answer in answers),
-        "tokens": fmean(p.tokens for p in predictions),
+        "mean_tokens": fmean(p.tokens for p in predictions),
         "exact_match": fmean(p.scores["exact_match"] for p in predictions),
         "edit_distance": fmean(p.scores["edit_distance"] for p in predictions),
     }

@@ -3,7 +3,7 @@
 Which layers these are is a rule of shape, the same for every model: all but the widening ones, those with more outputs
 than inputs. In a transformer the widening layers are the way into the feed-forward part, which are half of the weights
 and forgive rounding best for their size; attention and the way out of the feed-forward part get int8. llama.cpp's
-mixtures (Q4_K_M) favour the latter and the values, too.
+mixtures (Q4_K_M) favour the latter and the values, too. What is left to NF4 is clipped a little first (`clip_blocks`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,18 @@ from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize, Bnb8bitQuantize
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 METHOD = "lory_mixed_bits"
+# weights that share a scale in bitsandbytes' 4-bit kinds
+_BLOCK = 64
+# shares of a block's largest magnitude that are tried; finer steps gain next to nothing (relative error of SmolLM2's
+# widening layers: 0.0932 with 1 alone, 0.0878 with 0.9, 0.0864 with these)
+_CLIPS = (0.94, 0.88)
+_BLOCKS_AT_ONCE = 2**16
 
 
 class MixedBitsConfig(BitsAndBytesConfig):
@@ -72,6 +79,36 @@ class MixedBits(Bnb4BitHfQuantizer):
         return False
 
 
+def clip_blocks(weight: Tensor) -> Tensor:
+    """The weight as NF4 rounds it best: in each block, what exceeds a share of the largest magnitude is drawn in.
+
+    A block's scale is its largest magnitude, so one outlier widens the steps of the other 63. Of `_CLIPS` and 1, the
+    share with the least sum of squared errors is taken. It costs no memory. A weight that does not fill whole blocks is
+    left alone.
+    """
+    if weight.numel() % _BLOCK:
+        return weight
+    blocks = weight.reshape(-1, _BLOCK)
+    return torch.cat([_clip(part.float()) for part in blocks.split(_BLOCKS_AT_ONCE)]).view_as(weight).to(weight.dtype)
+
+
+def _clip(blocks: Tensor) -> Tensor:
+    largest = blocks.abs().amax(1, keepdim=True)
+    best, least = blocks, _count_error(blocks, blocks)
+    for share in _CLIPS:
+        clipped = torch.clamp(blocks, -share * largest, share * largest)
+        error = _count_error(clipped, blocks)
+        best = torch.where(error < least, clipped, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+def _count_error(clipped: Tensor, blocks: Tensor) -> Tensor:
+    """Each block's sum of squared differences from what NF4 makes of it once it is clipped, (blocks, 1)."""
+    few, state = bnb.functional.quantize_4bit(clipped, blocksize=_BLOCK, quant_type="nf4")
+    return (bnb.functional.dequantize_4bit(few, state) - blocks).square().sum(1, keepdim=True)
+
+
 class _Quantize(ConversionOps):
     """transformers' own operation for NF4 or int8, as the layer wants it."""
 
@@ -80,10 +117,16 @@ class _Quantize(ConversionOps):
 
     def convert(self, input_dict: dict[str, list[Tensor]], model: PreTrainedModel, **named: Any) -> dict[str, Tensor]:
         result: dict[str, Tensor] = {}
-        for name, value in input_dict.items():
+        for name, values in input_dict.items():
             module, _ = get_module_from_name(model, name)
-            operation = self.int8 if isinstance(module, bnb.nn.Linear8bitLt) else self.nf4
-            result |= operation.convert({name: value}, model=model, **named)
+            if isinstance(module, bnb.nn.Linear8bitLt):
+                result |= self.int8.convert({name: values}, model=model, **named)
+                continue
+            (value,) = values if isinstance(values, list) else [values]
+            # transformers turns such a weight round before it is cut into blocks
+            turned = issubclass(module.source_cls, Conv1D)
+            clipped = clip_blocks(value.T).T if turned else clip_blocks(value)
+            result |= self.nf4.convert({name: [clipped]}, model=model, **named)
         return result
 
 

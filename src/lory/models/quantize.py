@@ -1,7 +1,7 @@
 """Base models whose linear layers are held in 4 or 8 bits by bitsandbytes; head, embeddings and norms never are.
 
 `nf4` is NF4 for the layers that have more outputs than inputs, and int8 for the others (see `mixed_bits`): about 6 bits
-a weight, and a third of what rounding costs otherwise. `nf4-pure` is NF4 throughout, 4.1 bits, as in the QLoRA paper
+a weight, and a fifth of what rounding costs otherwise. `nf4-pure` is NF4 throughout, 4.1 bits, as in the QLoRA paper
 (arXiv 2305.14314): for models that would not fit otherwise.
 """
 

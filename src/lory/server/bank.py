@@ -157,6 +157,9 @@ class AdapterBank:
         self._products: dict[str, _Product] = {}
         self._hooked: set[str] = set()
 
+    def __contains__(self, number: object) -> bool:
+        return number in self._adapters
+
     def add(self, number: int, adapter: Adapter) -> None:
         """Take in an adapter under a number that no other has."""
         self._adapters[number] = adapter

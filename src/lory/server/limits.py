@@ -11,7 +11,7 @@ class Limits(Section):
     """The limits of a server."""
 
     max_batch: int = Field(8, ge=1, description="Answers that are decoded at a time.")
-    queue: int = Field(64, ge=0, description="Requests that wait for a place; one more gets status 429.")
+    queue: int = Field(64, ge=0, description="Answers that wait for a place; a request for more gets status 429.")
     body_bytes: int = Field(2**22, ge=1024, description="Largest body of a request, in bytes.")
     prompt_tokens: int | None = Field(None, ge=1, description="Longest prompt; by default the model's context.")
     answer_tokens: int = Field(4096, ge=1, description="Largest max_tokens that a request may give.")

@@ -171,7 +171,7 @@ class Runner:
         try:
             for text in texts:
                 prompt = Prompt(text[:-2])
-                self.read(prompt, 3)
+                self.read(prompt, 2)
                 self.read(prompt, len(text))
                 self.join(prompt)
             self.step([text[-2] for text in texts])

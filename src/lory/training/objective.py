@@ -16,7 +16,9 @@ from lory.losses.cross_entropy import cross_entropy
 from lory.losses.noise import add_embedding_noise
 from lory.losses.unlikelihood import cross_entropy_with_unlikelihood, sequence_unlikelihood
 from lory.models.attention import document_arguments
+from lory.models.fused_body import fused_layers
 from lory.models.head import split_head
+from lory.runtime import log
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -91,6 +93,9 @@ class Objective(nn.Module):
         self.config = config or LossConfig()
         # kept out of the module's children: they are the model's own
         self._parts = [split_head(model)]
+        self._fused, reason = fused_layers(model)
+        if self._fused is None:
+            log.info("The model's own layers are trained as they are, since %s.", reason)
 
     def forward(self, batch: Batch, draw: torch.Generator | None = None) -> Terms:
         """Sums over the batch; in evaluation the likelihood alone.
@@ -127,6 +132,9 @@ class Objective(nn.Module):
 
     def _run_body(self, batch: Batch, draw: torch.Generator | None) -> Tensor:
         """(B, T, H) last hidden states."""
+        noise = self.config.embedding_noise if self.training and draw is not None and not batch.continues else 0.0
+        if self._fused is not None and not noise and self._fused.covers(batch.attention_mask):
+            return self._fused(batch.input_ids, batch.seq_lens)
         body = self._parts[0][0]
         if batch.attention_mask is None:
             arguments = document_arguments(batch.seq_lens, batch.input_ids.device) | packed_prefix(self.model)
@@ -134,10 +142,9 @@ class Objective(nn.Module):
             arguments = {"attention_mask": batch.attention_mask}
             arguments |= prefix_arguments(self.model, batch.attention_mask)
         inputs: dict[str, Any] = {"input_ids": batch.input_ids}
-        if self.training and self.config.embedding_noise and draw is not None and not batch.continues:
+        if noise and draw is not None:
             embeddings = self.model.get_input_embeddings()(batch.input_ids)
-            noisy = add_embedding_noise(embeddings, batch.seq_lens, self.config.embedding_noise, draw)
-            inputs = {"inputs_embeds": noisy}
+            inputs = {"inputs_embeds": add_embedding_noise(embeddings, batch.seq_lens, noise, draw)}
         # a cache would make the model forget where documents begin
         hidden: Tensor = body(**inputs, use_cache=False, **arguments).last_hidden_state
         return hidden

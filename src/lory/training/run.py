@@ -19,6 +19,7 @@ from lory.data.dataset import DataConfig, Dataset, build_dataset
 from lory.data.named_templates import AUTO, add_answer_end, choose_template
 from lory.data.packing import efficiency
 from lory.models.attention import keeps_documents_apart
+from lory.models.fused_memory import keep_freed_memory
 from lory.models.load import (
     default_device,
     load_config,
@@ -177,6 +178,8 @@ def _build(prepared: Prepared, plan: Plan, accelerator: Accelerator) -> _Built:
 
     config = prepared.config
     log.info("%s", choose_fp32_matmul(accelerator.device))
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     set_seed(config.train.seed)
     model, matches = build_model(prepared, accelerator)
     if model.generation_config:

@@ -1,0 +1,362 @@
+"""The engine of a server: one thread that owns the model and decodes all answers together, one token at a step.
+
+In each turn it drops what nobody waits for any more, reads some tokens of the next prompt, and takes one step with
+every running answer. So a request joins as soon as there is a place and its prompt is read, an answer that ends leaves
+at once, and a long prompt holds up the others by a few tokens' time only.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lory.runtime import LoryError, log
+from lory.server.jobs import Failure, FinishReason, Job, Piece, PromptRead
+from lory.server.kept import KeptTexts
+from lory.server.limits import Limits
+from lory.server.metrics import ServerMetrics
+from lory.server.runner import Prompt, Runner
+from lory.server.sampling import Sampler
+from lory.server.text import ScoredToken, TextStream
+
+T = TypeVar("T")
+
+# Prompt tokens read at a time where no answer waits for its next token
+_READ_ALONE = 512
+_BROKEN = "The model failed; see the server's log."
+
+
+class Refused(LoryError):
+    """The engine does not take a job."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Answer:
+    """An answer that is being decoded."""
+
+    def __init__(self, job: Job, choice: int, device: torch.device) -> None:
+        self.job, self.choice = job, choice
+        self.sampler = Sampler(job.sampling, job.prompt, job.seed + choice, device)
+        self.text = TextStream(job.tokenizer, job.stops)
+        self.tokens: list[int] = []
+        self.first_at = time.monotonic()
+
+    def take(self, token: int, logits: Tensor) -> bool:
+        """Go on with this token, chosen by the logits (V,), and tell; whether the answer goes on after it."""
+        job = self.job
+        job.tokens += 1
+        self.tokens.append(token)
+        self.sampler.take(token)
+        finish: FinishReason | None = None
+        text = ""
+        if token in job.terminators:
+            finish = "stop"
+        else:
+            scored = None
+            if job.logprobs is not None:
+                scored = score(logits.log_softmax(dim=-1), token, job.logprobs, self.text.offset)
+            text = self.text.feed(token, scored)
+            if self.text.stopped:
+                finish = "stop"
+            elif len(self.tokens) >= job.answer_tokens:
+                finish = "length"
+        self._tell(text, finish)
+        return finish is None
+
+    def end(self, finish: FinishReason) -> None:
+        """End the answer before its time."""
+        self._tell("", finish)
+
+    def _tell(self, text: str, finish: FinishReason | None) -> None:
+        if finish is not None:
+            text += self.text.finish()
+        scored = self.text.take_scored(final=finish is not None)
+        if text or scored or finish:
+            self.job.deliver(Piece(self.choice, text, scored, finish))
+
+
+def score(logprobs: Tensor, token: int, count: int, offset: int = 0) -> ScoredToken:
+    """The token with its log-probability out of those of all tokens (V,), and the `count` likeliest."""
+    top = logprobs.topk(min(count, len(logprobs)))
+    likeliest = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    return ScoredToken(token, float(logprobs[token]), likeliest, offset)
+
+
+class Engine:
+    """Decodes jobs; `submit`, `cancel` and `call` may be used from any thread.
+
+    Args:
+        runner: the model; from `start` on it belongs to the engine's thread.
+    """
+
+    def __init__(self, runner: Runner, limits: Limits, metrics: ServerMetrics) -> None:
+        self.runner, self.limits, self.metrics = runner, limits, metrics
+        self._device = runner.model.device
+        self._kept = KeptTexts(limits.kept_tokens)
+        self._waiting: deque[Job] = deque()
+        self._reading: tuple[Job, Prompt, list[ScoredToken]] | None = None
+        self._running: list[_Answer] = []
+        self._calls: deque[Callable[[], None]] = deque()
+        self._retired: set[int] = set()
+        self._wake = threading.Condition()
+        self._draining = self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="lory-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether jobs are taken."""
+        return self._thread.is_alive() and not (self._draining or self._stopping)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no job."""
+        return not (self._waiting or self._reading or self._running)
+
+    def submit(self, job: Job) -> None:
+        """Take a job into the queue.
+
+        Raises:
+            Refused: the queue is full, the adapter has been removed, or the server is to stop.
+        """
+        with self._wake:
+            if not self.is_healthy:
+                reason = "The server is shutting down." if self._thread.is_alive() else _BROKEN
+                raise Refused(503, reason)
+            if job.adapter in self._retired:
+                raise Refused(404, "The model was removed.")
+            taken = sum(waiting.choices for waiting in self._waiting) + self._count_taken()
+            if taken + job.choices > self.limits.max_batch + self.limits.queue:
+                raise Refused(429, f"The queue is full with {len(self._waiting)} requests; try again later.")
+            self._waiting.append(job)
+            self.metrics.waiting.set(len(self._waiting))
+            self._wake.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Nobody waits for this job any more; it leaves before the next step."""
+        with self._wake:
+            job.cancelled = True
+            self._wake.notify()
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run a function in the engine's thread, between two steps."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except (LoryError, RuntimeError, ValueError) as error:
+                future.set_exception(error)
+
+        with self._wake:
+            if not self._thread.is_alive():
+                raise Refused(503, _BROKEN)
+            self._calls.append(run)
+            self._wake.notify()
+        return future
+
+    def retire(self, adapter: int) -> None:
+        """Take no more jobs for an adapter, and remove it from the bank when the last one is done."""
+        with self._wake:
+            self._retired.add(adapter)
+            self._wake.notify()
+
+    def drain(self) -> None:
+        """Take no more jobs; those that are there go on."""
+        self._draining = True
+
+    def close(self) -> None:
+        """Stop the thread; what is still there fails."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # What follows runs in the engine's thread
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while self._wait():
+                    self._turn()
+        finally:
+            # also after an error that nobody foresaw: no one may wait for ever
+            with self._wake:
+                self._stopping = True
+            self._fail_all("The server is shutting down." if self._draining else _BROKEN)
+
+    def _wait(self) -> bool:
+        """Wait until there is something to do; whether to go on."""
+        with self._wake:
+            while self.is_idle and not (self._calls or self._stopping or self._can_remove()):
+                self._wake.wait()
+            return not self._stopping
+
+    def _turn(self) -> None:
+        while self._calls:
+            self._calls.popleft()()
+        self._remove_retired()
+        self._sweep()
+        try:
+            self._read()
+            if self._running:
+                self._step()
+        except (RuntimeError, ValueError, MemoryError, LoryError) as error:
+            # as when memory runs out; whose fault it is can't be told
+            log.error("The model failed: %s", error, exc_info=error)
+            self._fail_all(_BROKEN, status=500)
+        self.metrics.running.set(len(self._running))
+        self.metrics.waiting.set(len(self._waiting))
+
+    def _count_taken(self) -> int:
+        reading = self._reading
+        return len(self._running) + (reading[0].choices if reading else 0)
+
+    def _jobs(self) -> list[Job]:
+        reading = [self._reading[0]] if self._reading else []
+        return [*self._waiting, *reading, *(answer.job for answer in self._running)]
+
+    def _can_remove(self) -> bool:
+        bank = self.runner.bank
+        return bank is not None and any(number in bank for number in self._retired)
+
+    def _remove_retired(self) -> None:
+        bank = self.runner.bank
+        if bank is None or not self._can_remove():
+            return
+        used = {job.adapter for job in self._jobs()}
+        for number in [number for number in self._retired if number in bank and number not in used]:
+            bank.remove(number)
+            self._kept.forget(number)
+
+    def _sweep(self) -> None:
+        """Drop what nobody waits for, and end what takes too long."""
+        now = time.monotonic()
+        with self._wake:
+            jobs, self._waiting = list(self._waiting), deque()
+            for job in jobs:
+                if job.cancelled:
+                    continue
+                if now - job.asked_at > self.limits.queue_seconds:
+                    job.deliver(Failure(503, "The request waited too long for a place; try again later."))
+                else:
+                    self._waiting.append(job)
+        if self._reading and self._reading[0].cancelled:
+            self._reading = None
+        for row in reversed(range(len(self._running))):
+            answer = self._running[row]
+            if answer.job.cancelled:
+                self._leave(row)
+            elif now - (answer.job.began_at or now) > self.limits.seconds:
+                answer.end("length")
+                self._leave(row)
+
+    def _read(self) -> None:
+        """Read some tokens of the next prompts."""
+        budget = self.limits.prefill_tokens if self._running else max(_READ_ALONE, self.limits.prefill_tokens)
+        while budget > 0:
+            if self._reading is None and not self._begin():
+                return
+            assert self._reading is not None
+            job, prompt, scored = self._reading
+            before = prompt.done
+            if job.prompt_logprobs:
+                self._read_scored(job, prompt, scored, budget)
+            else:
+                self.runner.read(prompt, budget)
+            budget -= prompt.done - before
+            if prompt.logits is not None:
+                self._reading = None
+                self._answer(job, prompt, scored)
+
+    def _begin(self) -> bool:
+        """Begin with the next prompt, if there is one and a place for its answers."""
+        with self._wake:
+            if not self._waiting or self._count_taken() + self._waiting[0].choices > self.limits.max_batch:
+                return False
+            job = self._waiting.popleft()
+            job.began_at = time.monotonic()
+            prompt = Prompt(job.prompt, job.adapter)
+            self._reading = job, prompt, []
+        if not job.prompt_logprobs:
+            prompt.start_with(*self._kept.find(job.prompt, job.adapter))
+        self.metrics.tokens_in.inc(len(job.prompt))
+        self.metrics.tokens_kept.inc(prompt.done)
+        return True
+
+    def _read_scored(self, job: Job, prompt: Prompt, scored: list[ScoredToken], budget: int) -> None:
+        if not scored:
+            scored.append(ScoredToken(prompt.ids[0], None))
+        first = prompt.done
+        logprobs = self.runner.read_with_logits(prompt, budget).log_softmax(dim=-1)
+        following = prompt.ids[first + 1 : prompt.done + 1]
+        scored += [score(own, token, job.logprobs or 0) for own, token in zip(logprobs, following, strict=False)]
+
+    def _answer(self, job: Job, prompt: Prompt, scored: list[ScoredToken]) -> None:
+        """The prompt is read: choose the first tokens."""
+        assert prompt.logits is not None
+        if job.prompt_logprobs:
+            job.deliver(PromptRead(tuple(scored)))
+        for choice in range(job.choices):
+            answer = _Answer(job, choice, self._device)
+            if job.answer_tokens == 0:
+                answer.end("length")
+                continue
+            if choice == 0:
+                self.metrics.first_token.observe(time.monotonic() - job.asked_at)
+            if answer.take(answer.sampler.choose(prompt.logits), prompt.logits):
+                self.runner.join(prompt)
+                self._running.append(answer)
+            else:
+                self._note(answer)
+
+    def _step(self) -> None:
+        """Feed each answer's last token and choose the next."""
+        logits = self.runner.step([answer.tokens[-1] for answer in self._running])
+        plain = any(answer.sampler.is_plain for answer in self._running)
+        likeliest = logits.argmax(dim=-1).tolist() if plain else []
+        ended = []
+        for row, answer in enumerate(self._running):
+            token = likeliest[row] if answer.sampler.is_plain else answer.sampler.choose(logits[row])
+            if not answer.take(token, logits[row]):
+                ended.append(row)
+        for row in reversed(ended):
+            self._leave(row)
+
+    def _leave(self, row: int) -> None:
+        """Take an answer's row out; the last one takes its place."""
+        answer = self._running[row]
+        fed = self.runner.rows.lengths[row]
+        if answer.choice == 0 and self._kept.wants(fed):
+            self._kept.keep(answer.sampler.ids[:fed], answer.job.adapter, self.runner.states(row))
+        self.runner.leave(row)
+        self._running[row] = self._running[-1]
+        self._running.pop()
+        self._note(answer)
+
+    def _note(self, answer: _Answer) -> None:
+        self.metrics.tokens_out.inc(len(answer.tokens))
+        self.metrics.note_answer(answer.tokens, time.monotonic() - answer.first_at)
+
+    def _fail_all(self, message: str, status: int = 503) -> None:
+        with self._wake:
+            jobs = list(dict.fromkeys(self._jobs()))
+            self._waiting.clear()
+            self._reading, self._running = None, []
+        self.runner.clear()
+        for job in jobs:
+            job.deliver(Failure(status, message))
