@@ -244,7 +244,8 @@ def test_a_dry_run_promises_the_steps_that_training_takes(config: Path, trained:
 
 def test_data_show_prints_as_many_samples_as_asked(config: Path) -> None:
     text = lory("data", "show", config, "-n", 2).out
-    assert text.count("⟦") == text.count("learnt (in ⟦ ⟧)") * 2 == 4
+    # in the text, in the tokens, and in the sentence that explains it
+    assert text.count("⟦") == text.count("learnt (in ⟦ ⟧)") * 3 == 6
     assert "model:" not in text
     samples = lory("data", "show", config, "-n", 2, "--json").json["samples"]
     assert len(samples) == 2

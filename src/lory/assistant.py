@@ -97,7 +97,7 @@ def load(
 
     Args:
         dtype: precision of the base weights; auto is float32 on a CPU and bfloat16 on a GPU.
-        quantize: hold the base's linear layers in few bits (nf4 or int8); int8 on a CPU also rounds the head, and
+        quantize: hold the base's linear layers in few bits (nf4, nf4-pure or int8); int8 on a CPU also rounds the head, and
             is much faster.
         device: where it runs, such as `cpu` or `cuda:1`; by default the accelerator where there is one.
 

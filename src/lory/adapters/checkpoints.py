@@ -250,6 +250,7 @@ def convert_model_checkpoint(
     fp32: bool = False,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[int, tuple[str, ...]]:
     """Write a full model's weights as a model folder with `base`'s config and tokenizer.
 
@@ -257,6 +258,7 @@ def convert_model_checkpoint(
         base: a model folder of the same architecture and size; its own weights are neither needed nor used.
         fp32: store floating-point tensors as fp32 instead of in their own precision.
         progress: called with (done, total) tensors.
+        trust_remote_code: let `base`'s own Python code say what a model of its config has, where it has no weights.
 
     Returns:
         How many files of weights there are, and the tensors left out since every model makes them anew.
@@ -265,7 +267,7 @@ def convert_model_checkpoint(
         UsageError: a tensor is missing, has another shape, or belongs to nothing in the model.
     """
     config = read_json(base / "config.json")
-    wanted = _list_shapes(base, config)
+    wanted = _list_shapes(base, config, trust_remote_code)
     tensors = {name: tensor for name, tensor in weights.tensors.items() if not _COMPUTED.fullmatch(name)}
     computed = tuple(sorted(weights.tensors.keys() - tensors.keys()))
     tensors = _fit_names(tensors, wanted)
@@ -304,7 +306,7 @@ def _save(shard: dict[str, Tensor], path: Path) -> None:
         raise LoryError(f"Could not write {path}: {error}.") from error
 
 
-def _list_shapes(base: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def _list_shapes(base: Path, config: Mapping[str, Any], trust_remote_code: bool) -> dict[str, tuple[int, ...]]:
     """Name and shape of what a model stores, a tied head excluded: by its own weights, else by its architecture."""
     files = sorted(base.glob("*.safetensors"))
     shapes: dict[str, tuple[int, ...]] = {}
@@ -317,7 +319,8 @@ def _list_shapes(base: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, 
 
         try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+                settings = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+                model = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
         except ValueError as error:
             raise UsageError(
                 f"{base} has no weights to compare names with, and its architecture is not one of transformers' causal "

@@ -68,6 +68,8 @@ class Options:
     """Store a model's weights as fp32."""
     max_shard_bytes: int | None = None
     """Largest file of a model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the base model, which only one without weights needs."""
 
     def check(self, way: str, *wanted: str) -> None:
         """Refuse an option that was given and means nothing here."""
@@ -213,11 +215,12 @@ def _convert_model(
     progress: Callable[[int, int], None] | None,
 ) -> Conversion:
     way = "a checkpoint into a model folder"
-    options.check(way, "base", "rename", "ignore", "fp32", "max_shard_bytes")
+    options.check(way, "base", "rename", "ignore", "fp32", "max_shard_bytes", "trust_remote_code")
     if options.base is None:
         raise UsageError(f"{weights.where} holds a whole model; name the model whose config it has with --base.")
     size = options.max_shard_bytes or DEFAULT_SHARD_BYTES
-    files, computed = convert_model_checkpoint(weights, find_model(options.base), out, options.fp32, size, progress)
+    base, trust = find_model(options.base), options.trust_remote_code
+    files, computed = convert_model_checkpoint(weights, base, out, options.fp32, size, progress, trust)
     return Conversion(out, way, 0, (), None, files, weights.left_out + computed, ())
 
 

@@ -25,6 +25,7 @@ class Bits(str, Enum):
     """Ways to hold a base in few bits."""
 
     nf4 = "nf4"
+    nf4_pure = "nf4-pure"
     int8 = "int8"
 
 

@@ -16,6 +16,9 @@ def merge(
     dtype: Annotated[Dtype | None, typer.Option(help="Precision of the merged weights; by default the base's.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, as in 5GB or 500MB.")] = "5GB",
     device: Annotated[str, typer.Option(help="Where the products are computed.")] = "cpu",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base model, and check that the result answers alike."""
@@ -26,7 +29,8 @@ def merge(
 
     shard_bytes = parse_size(max_shard_size)
     with progress_bar("Merging") as progress:
-        merged = export.merge(model, out, getattr(torch, dtype.value) if dtype else None, shard_bytes, device, progress)
+        precision = getattr(torch, dtype.value) if dtype else None
+        merged = export.merge(model, out, precision, shard_bytes, device, progress, trust_remote_code)
     if as_json:
         print_json(merged.to_dict())
     else:
@@ -67,6 +71,9 @@ def convert(
     even: Annotated[bool, typer.Option("--even", help="Give all layers the same rank and alpha.")] = False,
     fp32: Annotated[bool, typer.Option("--fp32", help="Store a model's weights as fp32.")] = False,
     max_shard_size: Annotated[str | None, typer.Option(help="Largest file of a model, as in 5GB.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Convert adapters between loralib and PEFT, add them up, and turn training checkpoints into folders."""
@@ -88,6 +95,7 @@ def convert(
         mode=mode.value if mode else None,
         even=even,
         fp32=fp32,
+        trust_remote_code=trust_remote_code,
         max_shard_bytes=parse_size(max_shard_size) if max_shard_size else None,
     )
     with progress_bar("Converting") as progress:

@@ -67,12 +67,6 @@ class Runner:
         self.rows = RowsCache()
         self.adapters: list[int | None] = []
 
-    @property
-    def context(self) -> int | None:
-        """The most tokens that prompt and answer can have."""
-        context: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return context
-
     @torch.inference_mode()
     def read(self, prompt: Prompt, tokens: int) -> None:
         """Read up to `tokens` more of a prompt."""

@@ -191,7 +191,7 @@ def estimate_memory(prepared: Prepared, rows: Sequence[Sequence[int]]) -> dict[s
             model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=trust)
     except ValueError as error:
         raise UsageError(f"{path} is no causal language model: {str(error).splitlines()[0]}") from error
-    base_bytes = count_bytes(model, dtype, config.model.quantize or stored_quantization(shape))
+    base_bytes = count_bytes(model, dtype, stored_quantization(shape) or config.model.quantize)
     with torch.device("meta"):
         matches = kinds.attach(model, config.adapter, prepared.tokenizer)
     text = shape.get_text_config()

@@ -1,0 +1,177 @@
+"""The models that a server has by name: the base, and adapters on it, each with its own tokenizer."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lory.adapters import kinds
+from lory.adapters.prompt import is_soft_prompt
+from lory.assistant import check_device
+from lory.generate import GenerationOptions, default_options
+from lory.models.lean import prepare_for_decoding
+from lory.models.load import DtypeName, load_model, load_tokenizer, terminators
+from lory.models.quantize import Quantization
+from lory.models.resolve import Resolved, resolve
+from lory.runtime import UsageError, log
+from lory.server.bank import Adapter, AdapterBank, read_adapter
+from lory.server.runner import Runner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# of a model that names none
+_ANY_CONTEXT = 2**17
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that requests can name."""
+
+    name: str
+    adapter: int | None
+    tokenizer: PreTrainedTokenizerBase
+    """For prompts; the engine has its own, since a tokenizer is for one thread at a time."""
+    engine_tokenizer: PreTrainedTokenizerBase
+    terminators: frozenset[int]
+    options: GenerationOptions
+    """What a request leaves out."""
+    vocabulary: int
+    """Tokens that the model knows."""
+    context: int
+    """The most tokens of prompt and answer together."""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+class Catalogue:
+    """The models by name; the base is the first.
+
+    Args:
+        base: the name of the model without an adapter.
+        bank: where adapters are put; None: there can be none.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, resolved: Resolved, base: str, bank: AdapterBank | None, trust: bool = False
+    ) -> None:
+        self.model, self.bank = model, bank
+        self._trust, self._base_path = trust, resolved.base_path
+        self._options = default_options(model)
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._served: dict[str, Served] = {}
+        self.base = base
+        self.add(base, None, resolved)
+
+    def list(self) -> list[Served]:
+        """All models."""
+        return list(self._served.values())
+
+    def find(self, name: str | None) -> Served | None:
+        """The model of this name; of no name, the base."""
+        return self._served.get(self.base if name is None else name)
+
+    def read(self, name: str, folder: Path) -> tuple[Adapter, Resolved]:
+        """An adapter's weights, and where its tokenizer is.
+
+        Raises:
+            UsageError: the name is taken, or the adapter can't be served (see `read_adapter`).
+        """
+        self._check_free(name)
+        if self.bank is None:
+            raise UsageError("This server was started without adapters, and takes none.")
+        if not (folder / "adapter_config.json").exists():
+            raise UsageError(f"{folder} has no adapter_config.json; it is not an adapter's folder.")
+        return read_adapter(self.model, folder), Resolved(name, self.base, self._base_path, folder)
+
+    def next_number(self) -> int:
+        """A number for an adapter in the bank."""
+        return next(self._numbers)
+
+    def add(self, name: str, adapter: int | None, resolved: Resolved) -> Served:
+        """Serve a model, whose adapter is in the bank, under a name.
+
+        Raises:
+            UsageError: the name is taken, or the tokenizer does not fit the model.
+        """
+        prompts, engine = (load_tokenizer(resolved, self._trust) for _ in range(2))
+        rows = self.model.get_input_embeddings().weight.shape[0]
+        if len(prompts) > rows:
+            raise UsageError(
+                f"The tokenizer of '{name}' has {len(prompts)} tokens and the model {rows}; merge it with `lory merge`."
+            )
+        ends = frozenset(terminators(self.model.generation_config, prompts))
+        with self._lock:
+            self._check_free(name)
+            context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or _ANY_CONTEXT
+            served = Served(name, adapter, prompts, engine, ends, self._options, rows, context)
+            self._served[name] = served
+        return served
+
+    def remove(self, name: str) -> Served | None:
+        """Serve an adapter no longer; None: there is no adapter of this name."""
+        with self._lock:
+            if name == self.base:
+                return None
+            return self._served.pop(name, None)
+
+    def _check_free(self, name: str) -> None:
+        if name in self._served:
+            raise UsageError(f"A model is already called '{name}'; choose another name.")
+
+
+def open_catalogue(
+    model: str,
+    adapters: dict[str, str],
+    name: str | None = None,
+    places: int = 8,
+    changes: bool = False,
+    dtype: DtypeName = "auto",
+    device: str | None = None,
+    quantize: Quantization | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Catalogue, Runner]:
+    """Load a model and adapters on it, ready to be served.
+
+    Args:
+        model: a MODEL; where it is an adapter, this is served alone, as part of the model.
+        adapters: names and MODELs of adapters on it.
+        name: what the model is called; by default the last part of `model`.
+        places: the most adapters that are decoded together.
+        changes: adapters can be added later.
+
+    Raises:
+        UsageError: one of them can't be loaded or served.
+    """
+    resolved = resolve(model)
+    many = bool(adapters) or changes
+    if resolved.adapter and many:
+        raise UsageError(
+            f"'{model}' is an adapter itself; give its base, '{resolved.base}', and the adapter with --adapter."
+        )
+    if resolved.adapter and is_soft_prompt(resolved.adapter):
+        raise UsageError(f"'{model}' is a soft prompt, which cannot be served; talk to it with `lory chat`.")
+    place = check_device(device) if device else None
+    loaded = load_model(resolved, dtype, place, trust_remote_code, quantize)
+    if resolved.adapter:
+        kinds.load(loaded, resolved.adapter)
+    log.info("%s", prepare_for_decoding(loaded))
+    bank = AdapterBank(loaded, places) if many else None
+    runner = Runner(loaded, bank)
+    runner.check()
+    base = name or (model if not Path(model).exists() else Path(model).resolve().name)
+    catalogue = Catalogue(loaded, resolved, base, bank, trust_remote_code)
+    for own, path in adapters.items():
+        found = resolve(path).adapter
+        if found is None:
+            raise UsageError(f"'{path}' was given as an adapter, but is a whole model; serve it as MODEL.")
+        adapter, parts = catalogue.read(own, found)
+        number = catalogue.next_number()
+        if bank is not None:
+            bank.add(number, adapter)
+        catalogue.add(own, number, parts)
+    return catalogue, runner

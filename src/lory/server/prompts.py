@@ -1,0 +1,181 @@
+"""From a request to the jobs that the engine is given: prompts as tokens, and how answers are decoded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, cast
+
+from lory.config import build
+from lory.data.records import Malformed
+from lory.data.templates import render_prompt
+from lory.data.tool_records import read_tools
+from lory.generate import GenerationOptions
+from lory.runtime import UsageError
+from lory.server.catalogue import Served
+from lory.server.errors import ApiError
+from lory.server.jobs import Event, Job
+from lory.server.limits import Limits
+from lory.server.sampling import Sampling
+from lory.server.schema import ChatMessage, ChatRequest, CompletionRequest, ImagePart, SamplingRequest
+from lory.types import Message, Role, ToolCall
+
+Deliver = Callable[[Event], None]
+
+
+def read_messages(messages: list[ChatMessage]) -> list[Message]:
+    """The messages as lory's.
+
+    Raises:
+        ApiError: there is an image, which the models served here cannot see, or a call is no JSON object.
+    """
+    return [_read_message(message, f"messages.{number}") for number, message in enumerate(messages)]
+
+
+def _read_message(message: ChatMessage, place: str) -> Message:
+    parts = message.content if isinstance(message.content, list) else []
+    if any(isinstance(part, ImagePart) for part in parts):
+        raise ApiError(400, "This model reads text only; leave the images out.", f"{place}.content", "no_images")
+    text = message.content if isinstance(message.content, str) else "".join(getattr(part, "text", "") for part in parts)
+    role = "system" if message.role == "developer" else message.role
+    calls = tuple(
+        ToolCall(call.function.name, _check_arguments(call.function.arguments, place), call.id)
+        for call in message.tool_calls or ()
+    )
+    return Message(
+        cast("Role", role),
+        text,
+        reasoning=message.reasoning_content or "",
+        tool_calls=calls,
+        name=message.name or "",
+        tool_call_id=message.tool_call_id or "",
+    )
+
+
+def _check_arguments(arguments: str, place: str) -> str:
+    try:
+        value = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ApiError(400, "The arguments of a tool call are no JSON object.", f"{place}.tool_calls")
+    return arguments or "{}"
+
+
+def read_chat(request: ChatRequest, served: Served, limits: Limits, deliver: Deliver) -> Job:
+    """The job for a chat.
+
+    Raises:
+        ApiError: the template refuses the messages, the prompt is too long, or an option is beyond the limits.
+    """
+    tools = "" if request.tool_choice == "none" else _read_tools(request.tools)
+    try:
+        prompt = render_prompt(served.tokenizer, read_messages(request.messages), tools)
+    except UsageError as error:
+        raise ApiError(400, str(error), "messages") from error
+    wanted = request.max_completion_tokens or request.max_tokens
+    logprobs = (request.top_logprobs or 0) if request.logprobs else None
+    return _build_job(request, served, limits, deliver, prompt, wanted, logprobs)
+
+
+def _read_tools(tools: list[dict[str, Any]] | None) -> str:
+    try:
+        return read_tools(tools, "tools")
+    except Malformed as error:
+        raise ApiError(400, f"{str(error).rstrip('.')}.", "tools") from error
+
+
+def read_completion(
+    request: CompletionRequest, served: Served, limits: Limits, deliver: Callable[[int], Deliver]
+) -> list[Job]:
+    """A job for each prompt.
+
+    Args:
+        deliver: gives what is told the events of the job of this number.
+
+    Raises:
+        ApiError: a prompt is empty or too long, or an option is beyond the limits.
+    """
+    prompts = request.prompts
+    if not 1 <= len(prompts) <= limits.prompts:
+        raise ApiError(400, f"{len(prompts)} prompts were given; give 1 to {limits.prompts}.", "prompt")
+    if request.max_tokens == 0 and not request.echo:
+        raise ApiError(400, "max_tokens is 0, which only makes sense with echo.", "max_tokens")
+    jobs = []
+    for number, prompt in enumerate(prompts):
+        ids = served.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+        job = _build_job(request, served, limits, deliver(number), ids, request.max_tokens, request.logprobs)
+        job.prompt_logprobs = request.echo and request.logprobs is not None
+        jobs.append(job)
+    return jobs
+
+
+def _build_job(
+    request: SamplingRequest,
+    served: Served,
+    limits: Limits,
+    deliver: Deliver,
+    prompt: list[int],
+    wanted: int | None,
+    logprobs: int | None,
+) -> Job:
+    vocabulary, context = served.vocabulary, served.context
+    if not prompt:
+        raise ApiError(400, "The prompt is empty; there is nothing to continue.", "prompt")
+    if max(prompt) >= vocabulary:
+        raise ApiError(400, f"The prompt has a token above {vocabulary - 1}, the model's last.", "prompt")
+    longest = min(context - min(1, wanted if wanted is not None else 1), limits.prompt_tokens or context)
+    if len(prompt) > longest:
+        message = f"The prompt has {len(prompt)} tokens; at most {longest} are taken."
+        raise ApiError(400, message, "messages", "context_length_exceeded")
+    if wanted is not None and wanted > limits.answer_tokens:
+        message = f"max_tokens is {wanted}; this server takes at most {limits.answer_tokens}."
+        raise ApiError(400, message, "max_tokens")
+    if request.n > limits.largest_n:
+        raise ApiError(400, f"n is {request.n}; this server takes at most {limits.largest_n}.", "n")
+    options = _build_options(request, served.options)
+    room = options.max_new_tokens if wanted is None else wanted
+    job = Job(
+        prompt=prompt,
+        tokenizer=served.engine_tokenizer,
+        terminators=served.terminators,
+        sampling=Sampling(
+            options, request.presence_penalty, request.frequency_penalty, _read_bias(request.logit_bias, vocabulary)
+        ),
+        answer_tokens=min(room, context - len(prompt), limits.answer_tokens),
+        deliver=deliver,
+        adapter=served.adapter,
+        choices=request.n,
+        stops=request.stops,
+        logprobs=logprobs,
+    )
+    if request.seed is not None:
+        job.seed = request.seed
+    return job
+
+
+def _build_options(request: SamplingRequest, own: GenerationOptions) -> GenerationOptions:
+    """The request's options; what it leaves out is as the model's own, which `lory chat` takes, too."""
+    values = own.model_dump()
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    given = {name: value for name in names if (value := getattr(request, name)) is not None}
+    if given.get("top_k") == -1:
+        given["top_k"] = 0
+    if "temperature" in given:
+        values["do_sample"] = given["temperature"] > 0
+    elif request.n > 1 or given.keys() & {"top_p", "top_k", "min_p"}:
+        values["do_sample"] = True
+    if given.get("temperature") == 0:
+        given.pop("temperature")
+    return build(GenerationOptions, {**values, **given}, "The request")
+
+
+def _read_bias(bias: dict[str, float] | None, vocabulary: int) -> dict[int, float]:
+    read = {}
+    for token, value in (bias or {}).items():
+        if not (token.isascii() and token.isdecimal() and len(token) < 10 and int(token) < vocabulary):
+            message = f"logit_bias has a key that is no token; tokens are 0 to {vocabulary - 1}."
+            raise ApiError(400, message, "logit_bias")
+        read[int(token)] = value
+    return read
+
