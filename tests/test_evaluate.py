@@ -162,7 +162,7 @@ def test_answers_are_those_of_the_chat_and_stand_beside_their_targets(assistant:
 
 def test_several_answers_are_sampled_repeatably(assistant: Assistant, records: Path) -> None:
     options = GenerationOptions(max_new_tokens=6, do_sample=True, seed=3)
-    settings = Settings(generate=True, options=options, answers=3, batch_size=4, most_records=3)
+    settings = Settings(generate=True, options=options, answers=3, batch_size=1, most_records=3)
     one, other = (evaluate(assistant, [source(records)], settings) for _ in range(2))
     assert [p.answer for p in one.predictions] == [p.answer for p in other.predictions]
     assert [p.sample for p in one.predictions] == [0, 1, 2] * 3
@@ -172,7 +172,12 @@ def test_several_answers_are_sampled_repeatably(assistant: Assistant, records: P
         evaluate(assistant, [source(records)], Settings(generate=True, answers=2))
 
 
-def test_a_text_is_continued_greedily_for_exactly_so_many_tokens(assistant: Assistant, texts: Path) -> None:
+def test_a_text_is_continued_greedily_for_exactly_so_many_tokens(
+    assistant: Assistant, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what the model wrote fourth now ends answers; the text goes on all the same
+    first = evaluate(assistant, [source(texts)], Settings(continuation=(6, 11))).predictions[1]
+    monkeypatch.setattr(assistant, "terminators", (first.answer_ids[3],))
     found = evaluate(assistant, [source(texts)], Settings(continuation=(6, 11)))
     continued = [p for p in found.predictions if p.kind == "continuation"]
     ids = assistant.tokenizer(json.loads(texts.read_text().splitlines()[0])["text"])["input_ids"]

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from lory.decoding.contrastive_search import contrastive_search
 from lory.generate import (
+    Ending,
     GenerationOptions,
     decode_pieces,
     decode_text,
@@ -306,3 +308,78 @@ def test_steps_come_with_logprobs_and_a_watcher_where_asked(llama: Any) -> None:
         step.tokens[0] for step in steps
     ]
     assert seen == [5, 6, 7]
+
+
+# Against repetition
+
+
+def load_tiny(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def options(**given: Any) -> GenerationOptions:
+    return GenerationOptions(max_new_tokens=60, **given)
+
+
+def test_contrastive_search_streams_what_generate_gives(tiny_model: Path) -> None:
+    model, prompt = load_tiny(tiny_model), [3, 7, 5, 9]
+    output = model.generate(
+        torch.tensor([prompt]), custom_generate=contrastive_search, penalty_alpha=0.6, top_k=4, max_new_tokens=20,
+        eos_token_id=[2], pad_token_id=2, do_sample=False,
+    )  # fmt: skip
+    expected = [token for token in output[0, 4:].tolist() if token != 2]
+    assert (
+        generate_ids(model, prompt, GenerationOptions(max_new_tokens=20, penalty_alpha=0.6, top_k=4), [2]) == expected
+    )
+    with pytest.raises(UsageError, match="penalty_alpha and do_sample"):
+        generate_ids(model, prompt, options(penalty_alpha=0.6, do_sample=True), [2])
+
+
+def test_a_penalty_with_a_window_differs_from_one_without(tiny_model: Path) -> None:
+    model, prompt = load_tiny(tiny_model), [3, 7, 5, 9] * 4
+    answers = [
+        list(stream_ids(model, prompt, options(**given), [10**6]))
+        for given in (
+            {"repetition_penalty": 1.8},
+            {"repetition_penalty": 1.8, "repetition_window": 100},
+            {"repetition_penalty": 1.8, "repetition_window": 2},
+            {"frequency_penalty": 5.0},
+        )
+    ]
+    assert answers[0] == answers[1]
+    assert answers[2] != answers[0]
+    assert len(set(answers[3])) > len(set(stream_ids(model, prompt, options(), [10**6])))
+
+
+@pytest.fixture
+def circling(tiny_model: Path) -> tuple[Any, Any, list[int]]:
+    """A model that says the same nine words in turn, for ever, its tokenizer, and the words' ids."""
+    tokenizer, model = AutoTokenizer.from_pretrained(tiny_model), load_tiny(tiny_model)
+    words = [n for n in range(len(tokenizer)) if (t := tokenizer.decode([n]).strip()).isalpha() and len(t) > 1][:9]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.zero_()
+        for place, word in enumerate(words):
+            model.get_input_embeddings().weight[word, place] = 1.0
+            model.get_output_embeddings().weight[words[(place + 1) % 9], place] = 1.0
+    return model, tokenizer, words
+
+
+def test_a_loop_ends_an_answer_where_that_is_wanted(circling: tuple[Any, Any, list[int]]) -> None:
+    model, tokenizer, words = circling
+    long = GenerationOptions(max_new_tokens=120)
+    endings = {policy: Ending() for policy in ("off", "report", "stop", "penalize", "back_up")}
+    texts = {
+        policy: "".join(
+            stream_text(model, tokenizer, words[:1], long.model_copy(update={"on_loop": policy}), [10**6], ending)
+        )
+        for policy, ending in endings.items()
+    }
+    assert texts["off"] == texts["report"] == decode_text(tokenizer, [words[(n + 1) % 9] for n in range(120)])
+    loop = endings["report"].loops[0]
+    assert (loop.start, loop.period) == (0, 9)
+    assert (endings["off"].reason, endings["stop"].reason) == ("length", "repetition")
+    assert texts["off"].startswith(texts["stop"])
+    assert len(texts["stop"]) < len(texts["off"]) / 2
+    assert texts["off"] not in (texts["penalize"], texts["back_up"])

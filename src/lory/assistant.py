@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from lory.adapters import kinds
 from lory.data.named_templates import add_answer_end
 from lory.data.templates import render_prompt
-from lory.generate import GenerationOptions, decode_text, default_options, generate_ids, stream_text
+from lory.generate import Ending, GenerationOptions, decode_text, default_options, generate_ids, stream_text
 from lory.models.lean import prepare_for_decoding
 from lory.models.load import DtypeName, default_device, load_config, load_model, load_tokenizer, terminators
 from lory.models.quantize import Quantization, stored_quantization
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RETRY = "Answer without repeating yourself."
+"""What is added to a question whose answer went round in circles, where `on_loop` is retry."""
 
 Messages = str | Sequence[Mapping[str, str]]
 
@@ -45,10 +49,28 @@ class Assistant:
         """The tokens the model is fed to answer `messages`, the same as in training."""
         return render_prompt(self.tokenizer, parse_messages(messages))
 
-    def stream(self, messages: Messages, options: GenerationOptions | None = None) -> Iterator[str]:
-        """Yield the answer's text as it comes; closing the iterator stops the model."""
-        prompt = self.prompt_ids(messages)
-        yield from stream_text(self.model, self.tokenizer, prompt, options or self.options, self.terminators)
+    def stream(
+        self, messages: Messages, options: GenerationOptions | None = None, ending: Ending | None = None
+    ) -> Iterator[str]:
+        """Yield the answer's text as it comes; closing the iterator stops the model.
+
+        Args:
+            ending: is told how the answer ended.
+        """
+        options, ending = options or self.options, ending or Ending()
+        given = parse_messages(messages)
+        if options.on_loop != "retry":
+            yield from self._stream(given, options, ending)
+            return
+        text = "".join(self._stream(given, options, ending))
+        if ending.reason == "retry":
+            again = replace(given[-1], content=f"{given[-1].content}\n\n{RETRY}")
+            text = "".join(self._stream([*given[:-1], again], options.model_copy(update={"on_loop": "stop"}), ending))
+        yield text
+
+    def _stream(self, messages: Sequence[Message], options: GenerationOptions, ending: Ending) -> Iterator[str]:
+        prompt = render_prompt(self.tokenizer, messages)
+        return stream_text(self.model, self.tokenizer, prompt, options, self.terminators, ending)
 
     def chat(self, messages: Messages, options: GenerationOptions | None = None) -> str:
         """The answer to `messages`: a question, or a list of ``{"role": ..., "content": ...}``."""
@@ -97,8 +119,8 @@ def load(
 
     Args:
         dtype: precision of the base weights; auto is float32 on a CPU and bfloat16 on a GPU.
-        quantize: hold the base's linear layers in few bits (nf4, nf4-pure or int8); int8 on a CPU also rounds the head, and
-            is much faster.
+        quantize: hold the base's linear layers in few bits (nf4, nf4-pure or int8); int8 on a CPU also rounds the head,
+            and is much faster.
         device: where it runs, such as `cpu` or `cuda:1`; by default the accelerator where there is one.
 
     Raises:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -13,9 +14,13 @@ from lory.config import Section, build
 from lory.runtime import LoryError, UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+    from lory.decoding.guard import Loop, PolicyGuard
     from lory.decoding.loop import Step, Watcher
+
+Counts = Literal["answer", "all"]
+OnLoop = Literal["off", "report", "stop", "penalize", "back_up", "retry"]
 
 
 class GenerationOptions(Section):
@@ -35,8 +40,41 @@ class GenerationOptions(Section):
     repetition_penalty: float = Field(
         1.0, gt=0, description="Above 1 makes tokens that were seen less likely (CTRL's)."
     )
+    repetition_window: int | None = Field(
+        None, ge=1, description="Tokens back to which repetition_penalty looks; null: to the beginning."
+    )
+    repetition_counts: Counts = Field(
+        "all", description="What repetition_penalty looks at: all, or the answer without the prompt."
+    )
+    frequency_penalty: float = Field(
+        0.0, description="Taken from a token's logit each time that it stands in the answer (OpenAI's)."
+    )
+    presence_penalty: float = Field(0.0, description="Taken from a token's logit once it stands in the answer.")
     no_repeat_ngram_size: int = Field(0, ge=0, description="No n-gram of this size comes twice; 0 is no limit.")
+    sampling_noise: float = Field(0.0, ge=0, description="Scale of Gumbel noise on the logits.")
+    penalty_alpha: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Contrastive search over top_k candidates, and how much likeness to the text so far counts against "
+        "them; 0.7 with top_k 8 is a good choice. null: none.",
+    )
+    on_loop: OnLoop = Field(
+        "off",
+        description="What happens when an answer begins to go round in circles: off, report, stop, penalize (the loop "
+        "gets less likely), back_up (to where it began, and on in another way) or retry (with a changed prompt).",
+    )
     seed: int | None = Field(None, description="Makes drawing repeatable.")
+
+
+@dataclass
+class Ending:
+    """How an answer came to its end; filled in while it is generated."""
+
+    reason: Literal["", "stop", "length", "repetition", "retry"] = ""
+    """`stop`: the model ended it; `length`: it was cut; `repetition`: it went round in circles and was ended."""
+    loops: list[Loop] = field(default_factory=list)
+    """The loops that were noticed."""
 
 
 def default_options(model: PreTrainedModel) -> GenerationOptions:
@@ -61,7 +99,7 @@ def generation_arguments(
     arguments: dict[str, Any] = {
         "max_new_tokens": room,
         "do_sample": options.do_sample,
-        "repetition_penalty": options.repetition_penalty,
+        "repetition_penalty": 1.0 if _looks_closer(options) else options.repetition_penalty,
         "no_repeat_ngram_size": options.no_repeat_ngram_size,
         "eos_token_id": list(terminators),
         "pad_token_id": terminators[0],
@@ -72,6 +110,19 @@ def generation_arguments(
     # given without do_sample, these only bring warnings
     drawing = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p", "typical_p")}
     return arguments | (drawing if options.do_sample else dict.fromkeys(drawing))
+
+
+def _looks_closer(options: GenerationOptions) -> bool:
+    """Whether the repetition penalty is one that transformers has not."""
+    return options.repetition_window is not None or options.repetition_counts != "all"
+
+
+def _own_processors(options: GenerationOptions, prompt_tokens: int) -> LogitsProcessorList:
+    """The processors that transformers lacks; its own repetition penalty is left to it."""
+    from lory.decoding.processors import build_processors
+
+    changes: dict[str, Any] = {} if _looks_closer(options) else {"repetition_penalty": 1.0}
+    return build_processors(options.model_copy(update=changes), prompt_tokens)
 
 
 def decode_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -114,6 +165,7 @@ def stream_steps(
     Raises:
         UsageError: a prompt is empty, or leaves no room in the model's context.
     """
+    from lory.decoding.contrastive_search import contrastive_steps
     from lory.decoding.loop import decode_steps
     from lory.models.lean import find_decoder
 
@@ -132,17 +184,58 @@ def stream_steps(
         generator = torch.Generator(model.device).manual_seed(options.seed)
     with torch.inference_mode():
         inputs = prompt_inputs(model, input_ids, attention_mask)
+    if processors := _own_processors(options, inputs["input_ids"].shape[1]):
+        arguments["logits_processor"] = processors
+    if options.penalty_alpha is not None:
+        if options.do_sample:
+            raise UsageError("Both penalty_alpha and do_sample were given; contrastive search draws nothing.")
+        if watch is not None:
+            raise UsageError("Contrastive search takes no guard against loops; set on_loop to off.")
+        return contrastive_steps(model, inputs, arguments, options.penalty_alpha, options.top_k)
     return decode_steps(model, inputs, arguments, generator, watch, logprobs, find_decoder(model))
 
 
 def stream_ids(
-    model: PreTrainedModel, prompt_ids: Sequence[int], options: GenerationOptions, terminators: Sequence[int]
+    model: PreTrainedModel,
+    prompt_ids: Sequence[int],
+    options: GenerationOptions,
+    terminators: Sequence[int],
+    guard: PolicyGuard | None = None,
+    ending: Ending | None = None,
 ) -> Iterator[int]:
-    """Yield the ids of one answer as they are generated, without the prompt and without the terminator."""
-    for step in stream_steps(model, [prompt_ids], options, terminators):
+    """Yield the ids of one answer as they are generated, without the prompt and without the terminator.
+
+    With a guard that takes tokens back, they come at the end, when none can be taken back any more.
+    """
+    held: list[int] = []
+    holds = guard is not None and guard.policy in ("back_up", "retry")
+    reason: Literal["stop", "length"] = "length"
+    for step in stream_steps(model, [prompt_ids], options, terminators, guard):
+        if step.back:
+            del held[-step.back :]
+            continue
         token = step.tokens[0]
-        if token is not None and token not in terminators:
-            yield token
+        if token is None or token in terminators:
+            reason = "length" if token is None else "stop"
+            continue
+        held.append(token)
+        if not holds:
+            yield held.pop()
+    if ending is not None:
+        ending.reason = guard.outcomes.get(0, reason) if guard is not None else reason
+        ending.loops = guard.loops.get(0, []) if guard is not None else []
+    yield from held
+
+
+def make_guard(
+    tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, options: GenerationOptions, terminators: Sequence[int]
+) -> PolicyGuard | None:
+    """The guard that `options.on_loop` asks for."""
+    from lory.decoding.guard import PolicyGuard, Words
+
+    if options.on_loop == "off":
+        return None
+    return PolicyGuard(options.on_loop, prompt_tokens, Words(tokenizer), terminators, seed=options.seed or 0)
 
 
 def stream_text(
@@ -151,18 +244,23 @@ def stream_text(
     prompt_ids: Sequence[int],
     options: GenerationOptions,
     terminators: Sequence[int],
+    ending: Ending | None = None,
 ) -> Iterator[str]:
     """Yield the answer piece by piece as it is generated; closing the iterator stops the generation.
+
+    Args:
+        ending: is told how it ended.
 
     Raises:
         LoryError: the generation failed; the sentence says how.
     """
     failure: Exception | None = None
+    guard = make_guard(tokenizer, len(prompt_ids), options, terminators)
 
     def tokens() -> Iterator[int]:
         nonlocal failure
         try:
-            yield from stream_ids(model, prompt_ids, options, terminators)
+            yield from stream_ids(model, prompt_ids, options, terminators, guard, ending)
         except (RuntimeError, ValueError, MemoryError) as error:
             # raised below, when all that was generated has been said
             failure = error

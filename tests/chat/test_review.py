@@ -117,6 +117,10 @@ def test_what_cannot_be_is_one_sentence(queue: Path, call: Any, message: str) ->
         ('{"decision": "accept", "id": "x"}', "line 4 is neither"),
         ('{"item": {"prompt": "Hi", "answer": "Hi"}}', "line 4 has no messages"),
         ('{"item": 3}', "line 4 has no messages"),
+        (
+            '{"item": {"prompt": [{"role": "user", "content": "?"}], "answer": "!", "scores": ["x"]}}',
+            "line 4 has scores",
+        ),
     ],
 )
 def test_a_damaged_line_is_named(queue: Path, line: str, message: str) -> None:

@@ -102,6 +102,7 @@ def test_only_tasks_need_no_data(lory_eval: Any, tiny_model: Path, monkeypatch: 
         (["--tasks", "arc", "--generate"], "--generate was given without --data"),
         (["--tasks", "arc", "--out", "x"], "--out was given without --data"),
         (["--data", "{records}", "--temperature", "1"], "--temperature was given without --generate"),
+        (["--data", "{records}", "--seed", "0"], "--seed was given without --generate"),
         (["--data", "{records}", "--answers", "2"], "--answers was given without --generate"),
         (["--data", "{records}", "--review", "q.jsonl"], "--review was given without --generate"),
         (["--data", "{records}", "--generate", "--temperature", "0"], "'temperature' was given 0.0"),

@@ -316,3 +316,37 @@ def test_sources_of_one_name_are_all_evaluated(tmp_path: Path, chat_tokenizer: A
     values = {"train": [{"path": str(tmp_path / "t.jsonl")}], "eval": [{"path": str(path)} for path in paths]}
     dataset = build_dataset(build(DataConfig, values, "data"), tokenizer, ends, 0)
     assert sum(len(samples) for samples in dataset.eval.values()) == 3
+
+
+# Streaming
+
+
+def read_all(dataset: Dataset) -> list[Sample]:
+    """The samples of all windows."""
+    assert dataset.stream is not None
+    found, window = [], dataset.stream.read()
+    while window.samples.supervised.any():
+        found += list(window.samples)
+        window = dataset.stream.read(window.ends)
+    return found
+
+
+def test_a_stream_leaves_out_the_questions_that_are_evaluated(make: Make, tokenizer: Any) -> None:
+    write("a.jsonl", numbered(0, 30))
+    write("eval.jsonl", numbered(20, 25, "Another answer: {}."))
+    whole = make(["a.jsonl"], eval=["eval.jsonl"])
+    streamed = make(["a.jsonl"], eval=["eval.jsonl"], streaming=True, window_samples=7)
+    assert questions(read_all(streamed), tokenizer) == questions(whole.train, tokenizer)
+    report, expected = streamed.stream.report()[0], whole.report()["sources"][0]  # type: ignore[union-attr]
+    assert report["dropped"] == expected["dropped"] == {"its question is in data.eval, too": 5}
+
+
+def test_a_window_of_nothing_to_learn_does_not_end_a_stream(make: Make, tokenizer: Any) -> None:
+    write("a.jsonl", [*numbered(0, 10), *numbered(10, 25, "{} " * 200), *numbered(25, 40)])
+    rules = {"max_tokens": 64, "streaming": True}
+    dataset = make(["a.jsonl"], window_samples=5, **rules)
+    assert questions(read_all(dataset), tokenizer) == questions(make(["a.jsonl"], max_tokens=64).train, tokenizer)
+    assert dataset.stream.report()[0]["dropped"] == {"longer than 64 tokens": 15}  # type: ignore[union-attr]
+    write("b.jsonl", numbered(0, 5, "{} " * 200))
+    with pytest.raises(UsageError, match=r"No token is left to learn from data\.train \(longer than 64 tokens: 5\)"):
+        make(["b.jsonl"], **rules)

@@ -178,6 +178,8 @@ def test_the_fingerprint_knows_how_records_are_read() -> None:
     write({"file_name": "set.json", "columns": {"prompt": "instruction", "response": "output"}}, [])
     Path("lf/set.json").write_text('[{"instruction": "a", "output": "b"}]')
     assert read().fingerprint != first
+    write({"file_name": "set.json", "num_samples": 1}, [{"instruction": "a", "output": "b"}])
+    assert read().fingerprint != first
 
 
 @pytest.mark.parametrize(

@@ -137,10 +137,14 @@ def test_the_fingerprint_is_of_the_content_alone() -> None:
     write("b.jsonl", 1)
     write("one/x.jsonl", 1)
     write("one/y.jsonl", 2)
-    write("two/b.jsonl", 1)
-    write("two/a.jsonl", 2)
+    write("two/a.jsonl", 1)
+    write("two/b.jsonl", 2)
+    write("turned/a.jsonl", 2)
+    write("turned/b.jsonl", 1)
     assert open_files("a.jsonl").fingerprint() == open_files("b.jsonl").fingerprint()
     assert open_files("one").fingerprint() == open_files("two").fingerprint()
+    # a slice takes other rows then
+    assert open_files("one").fingerprint() != open_files("turned").fingerprint()
     assert open_files("one").fingerprint() != open_files("one/x.jsonl").fingerprint()
 
 
@@ -175,3 +179,11 @@ def test_utf_16_is_read() -> None:
     assert read("a.jsonl") == ["你好", 2]
     Path("a.jsonl").write_bytes('{"n": 1}\n'.encode("utf-16")[:-1])
     assert "begins with the mark of UTF-16" in error_of("a.jsonl")
+
+
+def test_the_names_say_how_the_same_bytes_are_read() -> None:
+    for name in ("d/a.jsonl", "e/a.ndjson", "f/a.txt"):
+        write(name, 1)
+    lines, also_lines, text = (open_files(folder) for folder in "def")
+    assert lines.fingerprint() == text.fingerprint()
+    assert lines.reading == also_lines.reading != text.reading

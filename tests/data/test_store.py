@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lory.data import store as stores
-from lory.data.store import Encoded, Store, Summary, Writer, digest_conversation, digest_question
+from lory.data.store import SAMPLES, Encoded, Store, Summary, Writer, digest_conversation, digest_question
 from lory.runtime import LoryError
 from lory.types import IGNORE, Conversation, Media, Message, Sample
 
@@ -75,6 +75,7 @@ def test_a_dropped_conversation_has_no_sample_and_is_counted_by_reason(tmp_path:
         writer.finish(Summary(dropped=writer.dropped))
     store = Store(tmp_path)
     assert (store.count.tolist(), store.summary.dropped) == ([0, 1, 0], Counter({"too long": 2}))
+    assert store.reasons() == ["too long", None, "too long"]
 
 
 def test_no_more_than_so_many_conversations_are_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,3 +122,12 @@ def test_a_question_is_the_first_thing_the_user_says_or_shows() -> None:
         for name in ("a.png", "b.png")
     ]
     assert digest_question(shown[0]) != digest_question(shown[1])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full disk to write to")
+def test_a_full_disk_is_told_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / SAMPLES).symlink_to("/dev/full")
+    with pytest.raises(LoryError, match="samples.arrow: the disk is full"), Writer(tmp_path) as writer:
+        for number in range(3000):
+            record = say(f"{number}?")
+            writer.add(record, digest_conversation(record), Encoded((Sample((1, 2), (IGNORE, 2)),)))

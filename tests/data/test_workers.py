@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +148,77 @@ def test_the_oldest_stores_go_when_the_cache_is_full(
     monkeypatch.setattr(cache, "_MOST_BYTES", 1)
     encode_source(write_sums(tmp_path / "last.jsonl", 50), encoder, True, 1)
     assert len(list(own_cache.iterdir())) == 1
+
+
+def test_the_same_bytes_read_as_something_else_are_another_source(
+    tmp_path: Path, encoder: Encoder, own_cache: Path
+) -> None:
+    source = write_sums(tmp_path / "sums.jsonl", 20)
+    records = encode_source(source, encoder, True, 1)
+    other = Path(source.path).rename(tmp_path / "sums.txt")
+    lines = encode_source(SourceConfig(path=str(other)), encoder, True, 1)
+    assert len(list(own_cache.iterdir())) == 2
+    assert lines.lengths.tolist() != records.lengths.tolist()
+
+
+def test_a_cache_that_cannot_be_written_to_is_done_without(
+    tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = write_sums(tmp_path / "sums.jsonl", 50)
+    expected = contents(encode_source(source, encoder, True, 1))
+    monkeypatch.setenv("LORY_CACHE", str(tmp_path / "sums.jsonl" / "cache"))
+    assert contents(encode_source(source, encoder, True, 1)) == expected
+    assert "cannot be written to, so encoded data are not kept; name another folder in LORY_CACHE" in caplog.text
+
+
+def test_a_cache_that_may_only_be_read_is_read(
+    tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError
+
+    source = write_sums(tmp_path / "sums.jsonl", 50)
+    expected = contents(encode_source(source, encoder, True, 1))
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(cache, "encode_all", lambda *_: pytest.fail("it was encoded again"))
+    assert contents(encode_source(source, encoder, True, 1)) == expected
+
+
+def test_runs_side_by_side_encode_once(
+    tmp_path: Path, chat_tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_sums(tmp_path / "sums.jsonl", 50)
+    calls, encode_all = [], cache.encode_all
+
+    def note(*given: Any) -> None:
+        calls.append(given)
+        time.sleep(0.2)
+        encode_all(*given)
+
+    monkeypatch.setattr(cache, "encode_all", note)
+    encoders = [Encoder(*chat_tokenizer("chatml"), 512) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        stores = list(pool.map(lambda encoder: encode_source(source, encoder, True, 1), encoders))
+    assert len(calls) == 1
+    assert contents(stores[0]) == contents(stores[1]) == contents(stores[2])
+
+
+def test_what_another_run_is_writing_stays_and_what_a_killed_one_left_goes(
+    tmp_path: Path, encoder: Encoder, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, age in (("running", 60), ("killed", 3 * 24 * 3600)):
+        folder = own_cache / f".{name}.tmp"
+        folder.mkdir(parents=True)
+        (folder / SAMPLES).write_bytes(b"half")
+        os.utime(folder, (time.time() - age,) * 2)
+    monkeypatch.setattr(cache, "_MOST_BYTES", 1)
+    encode_source(write_sums(tmp_path / "sums.jsonl", 20), encoder, True, 1)
+    assert [folder.name for folder in own_cache.iterdir() if folder.name.startswith(".")] == [".running.tmp"]
+
+
+def test_processes_leave_ctrl_c_to_the_one_that_waits(encoder: Encoder) -> None:
+    with workers._Encoders(encoder, 2) as encoders:
+        encoders.submit([]).result()
+        assert encoders.pool is not None
+        assert encoders.pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN

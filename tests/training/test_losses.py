@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lory.models.attention import documents_apart
 from lory.training.continuations import continue_texts, is_sequence_step
 from lory.training.feed import Batching
 from lory.training.monitor import read_log
+from lory.training.plan import make_batch
 from lory.training.objective import LossConfig, Objective, UnlikelihoodConfig
 from lory.training.run import train
 from lory.training.step import train_step
@@ -114,6 +116,16 @@ def test_the_gradient_does_not_depend_on_the_layout(model: PreTrainedModel, layo
     assert found[0].parts == pytest.approx(expected[0].parts, abs=1e-9)
     for ours, theirs in zip(found[1], expected[1], strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_empty_micro_batch_adds_nothing(model: PreTrainedModel, padded: bool) -> None:
+    samples = draw_samples()
+    full, empty = (make_batch(samples, Counter(which), padded, pad_id=0) for which in (range(len(samples)), ()))
+    alone, found = gradients(model, [full], ALL), gradients(model, [full, empty], ALL)
+    assert (found[0].loss, found[0].parts) == (alone[0].loss, alone[0].parts)
+    for ours, theirs in zip(found[1], alone[1], strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_evaluation_is_the_likelihood_alone(model: PreTrainedModel) -> None:

@@ -94,6 +94,7 @@ def test_an_empty_micro_batch_learns_nothing(store: Store) -> None:
     full, empty = (make_batch(samples, Counter(batch), padded=False, pad_id=0) for batch in ([0, 2], []))
     assert (full.weight, full.learnt, empty.weight, empty.learnt) == (5, 5, 0, 0)
     assert empty.input_ids.shape == (1, 2)
+    assert (full.documents, empty.documents) == (2, 0)
 
 
 def test_equal_samples_of_a_step_are_computed_once(store: Store) -> None:
@@ -101,6 +102,9 @@ def test_equal_samples_of_a_step_are_computed_once(store: Store) -> None:
     assert fold([[0, 1], [2, 3], [4, 5]], samples, most_tokens=7, most_samples=9) == [{0: 3, 1: 2}, {3: 1}]
     assert fold([[0, 1], [2, 3], [4, 5]], samples, most_tokens=9, most_samples=9) == [{0: 3, 1: 2, 3: 1}]
     assert fold([[0, 1], [2, 3], [4, 5]], samples, most_tokens=9, most_samples=2) == [{0: 3, 1: 2}, {3: 1}]
+    # a soft prompt makes each sample longer
+    assert fold([[0, 1], [2, 3], [4, 5]], samples, 14, 9, leading=2) == [{0: 3, 1: 2}, {3: 1}]
+    assert fold([[0, 1], [2, 3], [4, 5]], samples, 15, 9, leading=2) == [{0: 3, 1: 2, 3: 1}]
 
 
 def test_different_samples_stay_as_they_are(store: Store) -> None:

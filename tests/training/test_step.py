@@ -180,6 +180,15 @@ class Trainer:
             layer.lora_dropout = rate
 
 
+@pytest.mark.parametrize("factor", [1e-3, 2.0])
+def test_weights_that_are_all_the_same_change_nothing(random_model: Callable[..., Any], factor: float) -> None:
+    plain, weighted = Trainer(random_model), Trainer(random_model)
+    samples = [Sample(sample.input_ids, sample.labels, (factor,) * len(sample)) for sample in SAMPLES]
+    ours, theirs = weighted.step([samples]), plain.step([SAMPLES])
+    assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+    assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_batch_1_accumulated_8_times_equals_batch_8(random_model: Callable[..., Any], padded: bool) -> None:
     one_by_one, all_at_once = Trainer(random_model), Trainer(random_model)

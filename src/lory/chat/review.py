@@ -201,8 +201,11 @@ def _parse_item(value: Any, where: str) -> ReviewItem:
         raise UsageError(
             f"{where} has no messages under 'prompt', or no text under 'answer', as an item to review has."
         )
+    scores = values.get("scores") or {}
+    if not isinstance(scores, Mapping) or not all(isinstance(value, int | float) for value in scores.values()):
+        raise UsageError(f"{where} has scores that are no numbers by name, such as {{'diversity': 0.5}}.")
     texts = {key: str(values.get(key, "")) for key in ("reason", "model", "time")}
-    return ReviewItem(messages, answer, scores=dict(values.get("scores") or {}), **texts)
+    return ReviewItem(messages, answer, scores=dict(scores), **texts)
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -293,7 +296,7 @@ def _name_counts(counts: Mapping[str, int]) -> dict[str, int]:
 def _show(console: Console, item: ReviewItem, place: str) -> None:
     from rich.text import Text
 
-    from lory.chat.terminal import _visible as visible
+    from lory.chat.terminal import visible
 
     console.rule(place)
     about = " · ".join(part for part in (item.reason, item.model, item.time) if part)

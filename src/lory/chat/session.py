@@ -8,7 +8,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any, cast
 
 from lory.config import apply_overrides, build
-from lory.generate import GenerationOptions
+from lory.generate import Ending, GenerationOptions
 from lory.runtime import UsageError
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ class Session:
         self.system = system
         self.history: list[dict[str, str]] = []
         """The user's and the assistant's messages in turn; always whole exchanges."""
+        self.ending = Ending()
+        """How the last answer ended."""
         self._first_options = options or assistant.options
         self.options = self._first_options
 
@@ -57,7 +59,8 @@ class Session:
         answer = ""
         messages = [*self.messages, {"role": "user", "content": text}]
         # the assistant promises an iterator; that it can be closed is what stops its generation at once
-        stream = cast("Generator[str, None, None]", self.assistant.stream(messages, self.options))
+        self.ending = Ending()
+        stream = cast("Generator[str, None, None]", self.assistant.stream(messages, self.options, self.ending))
         with contextlib.closing(stream):
             try:
                 for piece in stream:

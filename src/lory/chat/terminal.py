@@ -104,20 +104,23 @@ def _take(session: Session, line: str, notes: TextIO, lead: str = "") -> bool:
 
 def _answer(session: Session, question: str, lead: str) -> None:
     """Print the answer as it comes, and end its line however it ends."""
-    print(_visible(lead), end="", flush=True)
+    print(visible(lead), end="", flush=True)
     try:
         with contextlib.closing(session.ask(question)) as pieces:
             for piece in pieces:
-                print(_visible(piece), end="", flush=True)
+                print(visible(piece), end="", flush=True)
     finally:
         print(flush=True)
+    if session.ending.loops:
+        ended = "it was ended" if session.ending.reason == "repetition" else "it went on"
+        _say(f"(the answer went round in circles; {ended})", sys.stderr)
 
 
 def _say(text: str, file: TextIO) -> None:
-    print(_visible(text), file=file, flush=True)
+    print(visible(text), file=file, flush=True)
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     return text.translate(_VISIBLE)
 
 

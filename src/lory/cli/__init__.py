@@ -10,13 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from lory.cli import configs, data, talk, train, weights
+from lory.cli import configs, data, evaluate, review, talk, train, weights
 from lory.runtime import LoryError, log
 
 COMMANDS: tuple[Callable[..., Any], ...] = (
     train.demo,
     train.train,
     talk.chat,
+    evaluate.eval,
+    review.review,
     weights.merge,
     weights.convert,
     train.plot,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lory.cli.options import Bits, Dtype, Json, Model, print_json
-from lory.runtime import UsageError, log
+from lory.runtime import UsageError, log, write_json
 
 if TYPE_CHECKING:
     from lory.data.sources import SourceConfig
@@ -100,18 +100,19 @@ def eval(
     assistant = load(model, dtype.value if dtype else "auto", device, trust_remote_code, bits)
     log.debug("%s", choose_fp32_matmul(assistant.model.device))
     result: dict[str, Any] = {"model": model}
-    interrupted = False
     if sources:
         with _bars() as progress:
             evaluation = evaluate(assistant, sources, settings, progress)
-        interrupted = evaluation.interrupted
         result = {**evaluation.to_dict(), "settings": _describe(settings)}
-        if review is not None:
-            result["queued"] = _enqueue(evaluation, review)
         if out is not None:
             evaluation.write(out, result)
+        if review is not None:
+            result["queued"] = _enqueue(evaluation, review)
+    interrupted = result.get("interrupted", False)
     if tasks and not interrupted:
         result["tasks"] = run_tasks(assistant, tasks, most, batch_size, include_path)
+        if out is not None:
+            write_json(out / "scores.json", result)
     if as_json:
         print_json(result)
     else:
@@ -125,7 +126,7 @@ def _check_usage(data: bool, tasks: bool, generate: bool, needs_answers: Mapping
     if not data and not tasks:
         raise UsageError("Neither --data nor --tasks was given; name what to evaluate on, as in --data file.jsonl.")
     for option, value in needs_answers.items():
-        if value and not generate:
+        if value is not None and value is not False and not generate:
             flag = option.replace("_", "-")
             raise UsageError(
                 f"--{flag} was given without --generate, so there are no answers it could be about; add it."

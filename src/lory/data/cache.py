@@ -8,21 +8,24 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lory import __version__
 from lory.data.encode import Encoder
 from lory.data.sources import SourceConfig, SourceReader, open_source
 from lory.data.store import SUMMARY, Store, Summary, Writer
 from lory.data.workers import encode_all
-from lory.runtime import LoryError, cache_folder, log, write_aside
+from lory.runtime import LoryError, cache_folder, lock_file, log, write_aside
 
 # Raise it when reading, conversion or encoding change, so that old stores are not used
 _VERSION = 2
 _MOST_BYTES = 20 * 2**30
 """When the cache holds more, the stores that were not used for the longest time are deleted."""
+_DAY = 24 * 3600
 
 
 def encode_source(config: SourceConfig, encoder: Encoder, use_cache: bool, workers: int | None) -> Store:
@@ -38,17 +41,46 @@ def encode_source(config: SourceConfig, encoder: Encoder, use_cache: bool, worke
     reader = open_source(config)
     if not use_cache:
         return _encode_into(_temporary_folder(), config, reader, encoder, workers)
-    folder = cache_folder() / "data" / _find_key(config, reader.fingerprint, encoder)
-    if (folder / SUMMARY).exists():
-        with contextlib.suppress(LoryError):  # a damaged one is made anew
-            store = Store(folder, config.path)
-            os.utime(folder)
+    key = _find_key(config, reader, encoder)
+    folder = cache_folder() / "data" / key
+    if store := _find_stored(folder, config):
+        return store
+    if not _can_write(folder.parent):
+        log.warning(
+            "%s cannot be written to, so encoded data are not kept; name another folder in LORY_CACHE, or set "
+            "data.cache to false.",
+            folder.parent,
+        )
+        return _encode_into(_temporary_folder(), config, reader, encoder, workers)
+    # the processes of one run, and runs side by side, would all encode the same; a lock a key would leave many files
+    with lock_file(cache_folder() / "locks" / f"data-{key[:2]}.lock", wait=True):
+        if store := _find_stored(folder, config):
             return store
-    shutil.rmtree(folder, ignore_errors=True)
-    with _take_place(folder) as aside:
-        _encode_into(aside, config, reader, encoder, workers)
-    _prune(folder)
-    return Store(folder, config.path)
+        shutil.rmtree(folder, ignore_errors=True)
+        with _take_place(folder) as aside:
+            _encode_into(aside, config, reader, encoder, workers)
+        _prune(folder)
+        return Store(folder, config.path)
+
+
+def _find_stored(folder: Path, config: SourceConfig) -> Store | None:
+    if not (folder / SUMMARY).exists():
+        return None
+    with contextlib.suppress(LoryError):  # a damaged one is made anew
+        store = Store(folder, config.path)
+        with contextlib.suppress(OSError):  # somebody else's cache may be read, but not marked as used
+            os.utime(folder)
+        return store
+    return None
+
+
+def _can_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _encode_into(
@@ -82,11 +114,12 @@ def _temporary_folder() -> Path:
     return folder
 
 
-def _find_key(config: SourceConfig, fingerprint: str, encoder: Encoder) -> str:
+def _find_key(config: SourceConfig, reader: SourceReader, encoder: Encoder) -> str:
     """A hash of all that the samples depend on: content, how it is read, template, tokenizer and rules."""
     parts: dict[str, Any] = {
-        "version": _VERSION,
-        "content": fingerprint,
+        "version": [_VERSION, __version__],
+        "content": reader.fingerprint,
+        "reading": reader.reading,
         # a file's name is not among what is learnt
         "source": config.model_dump(mode="json", exclude={"path", "weight"}),
         "tokenizer": hash_tokenizer(encoder),
@@ -107,15 +140,18 @@ def hash_tokenizer(encoder: Encoder) -> str:
 
 def _prune(newest: Path) -> None:
     """Keep the cache below its limit."""
-    sizes = {
-        folder: sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-        for folder in newest.parent.iterdir()
-        if folder.is_dir()
-    }
-    total = sum(sizes.values())
-    for folder in sorted(sizes, key=lambda folder: folder.stat().st_mtime):
+    found: list[tuple[float, Path, int]] = []
+    for folder in newest.parent.iterdir():
+        with contextlib.suppress(OSError):  # another run may delete it meanwhile
+            size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+            found.append((folder.stat().st_mtime, folder, size))
+    total = sum(size for _, _, size in found)
+    for used, folder, size in sorted(found):
         if total <= _MOST_BYTES or folder == newest:
             break
+        # what another run is writing; what a killed one left goes after a day
+        if folder.name.startswith(".") and time.time() - used < _DAY:
+            continue
         shutil.rmtree(folder, ignore_errors=True)
-        total -= sizes[folder]
+        total -= size
         log.info("Deleted %s from the cache of encoded data, which is above its limit.", folder)

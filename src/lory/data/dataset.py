@@ -18,7 +18,7 @@ from lory.data.encode import Encoder, LossOn, OnLong
 from lory.data.mixing import Mixing, mix
 from lory.data.samples import Samples, count_up
 from lory.data.sources import SourceConfig
-from lory.data.split import exclude_questions, split_questions
+from lory.data.split import HELD_OUT, exclude_questions, split_questions
 from lory.data.store import Store
 from lory.data.stream import Stream
 from lory.runtime import UsageError
@@ -235,7 +235,8 @@ def _open_stream(config: DataConfig, encoder: Encoder, seed: int) -> Dataset:
     for source in held_out:
         source.eval = np.flatnonzero(source.store.count)
     weighted = config.mixing == "first_exhausted"
-    stream = Stream(config.train, encoder, config.window_samples, weighted, seed, config.workers)
+    questions = {question.tobytes() for source in held_out for question in source.store.questions}
+    stream = Stream(config.train, encoder, config.window_samples, weighted, seed, config.workers, questions)
     dataset = Dataset(held_out, stream.read().samples, _gather_eval(held_out), stream=stream)
     _check_learnable(dataset)
     return dataset
@@ -273,7 +274,7 @@ def _split(train: list[EncodedSource], held_out: list[EncodedSource], fraction: 
         for source, numbers, picked in zip(train, usable, kept, strict=True):
             source.train = numbers[picked]
             if overlap := len(numbers) - len(picked):
-                source.dropped["its question is in data.eval, too"] += overlap
+                source.dropped[HELD_OUT] += overlap
         for source in held_out:
             source.eval = np.flatnonzero(source.store.count)
         return
@@ -357,8 +358,10 @@ def _check_learnable(dataset: Dataset) -> None:
     if dataset.train.supervised.sum():
         return
     reasons = Counter[str]()
-    for source in dataset.sources:
-        reasons.update(source.dropped)
+    for source in dataset.stream.report() if dataset.stream else ():
+        reasons.update(source["dropped"])
+    for encoded in dataset.sources:
+        reasons.update(encoded.dropped)
     why = "; ".join(f"{reason}: {count}" for reason, count in reasons.items())
     why = why or "all of its conversations are kept for evaluation"
     raise UsageError(f"No token is left to learn from data.train ({why}).")

@@ -75,8 +75,8 @@ class Entry(_Loose):
     tags: Tags = Tags()
 
     def fingerprint(self) -> str:
-        """SHA-256 of what changes the records: how they are read, not where they lie."""
-        parts = self.model_dump(include={"formatting", "ranking", "columns", "tags"})
+        """SHA-256 of what changes the records: how many are drawn and how they are read, not where they lie."""
+        parts = self.model_dump(include={"formatting", "ranking", "columns", "tags", "num_samples"})
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

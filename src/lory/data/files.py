@@ -67,6 +67,10 @@ class FileRows(Rows):
     files: Sequence[DataFile]
     folder: str = ""
 
+    @property
+    def reading(self) -> str:  # type: ignore[override]
+        return "+".join(READERS[file.ending].__name__ for file in self.files)
+
     def read(self, start: int = 0) -> Iterator[Row]:
         for file in self.files:
             # skipping inside of a file is left to its reader; to pass it over, its length is needed

@@ -36,6 +36,8 @@ class Rows(ABC):
     """What errors call them."""
     folder: str = ""
     """Where paths of images, sounds and videos in the rows start from; empty: the working directory."""
+    reading: str = ""
+    """How the content is read, as far as the files' names decide that: the same bytes may be JSON lines or text."""
 
     @abstractmethod
     def read(self, start: int = 0) -> Iterator[Row]:
@@ -84,6 +86,10 @@ class SlicedRows(Rows):
     def folder(self) -> str:  # type: ignore[override]
         return self.inner.folder
 
+    @property
+    def reading(self) -> str:  # type: ignore[override]
+        return self.inner.reading
+
     def read(self, start: int = 0) -> Iterator[Row]:
         begin = self.first + start
         if self.last is None:
@@ -110,6 +116,10 @@ class JoinedRows(Rows):
     def folder(self) -> str:  # type: ignore[override]
         return self.parts[0].folder
 
+    @property
+    def reading(self) -> str:  # type: ignore[override]
+        return "+".join(part.reading for part in self.parts)
+
     def read(self, start: int = 0) -> Iterator[Row]:
         for part in self.parts:
             if start and start >= (count := part.count()):
@@ -126,7 +136,7 @@ class JoinedRows(Rows):
 
 
 def combine_fingerprints(fingerprints: Sequence[str]) -> str:
-    """One fingerprint for several contents, whatever their order; a single one stays itself."""
+    """One fingerprint for several contents in their order, which slices go by; a single one stays itself."""
     if len(fingerprints) == 1:
         return fingerprints[0]
-    return hashlib.sha256("\n".join(sorted(fingerprints)).encode()).hexdigest()
+    return hashlib.sha256("\n".join(fingerprints).encode()).hexdigest()

@@ -96,6 +96,11 @@ class SourceReader:
         content = self._origin.rows.fingerprint()
         return combine_fingerprints([content, self._origin.mark]) if self._origin.mark else content
 
+    @property
+    def reading(self) -> str:
+        """How the content is read, as far as the files' names decide that."""
+        return self._origin.rows.reading
+
     def __iter__(self) -> Iterator[Conversation]:
         """The conversations in order.
 
@@ -194,7 +199,8 @@ class SourceReader:
     def _look_for_placeholders(self, conversation: Conversation) -> None:
         for text in (conversation.text, *(message.content for message in conversation.messages)):
             if text and "{{" in text and (match := _LIKE_PLACEHOLDER.search(text)):
-                self._like[match[0]] += 1
+                # all under the first one: there may be millions of different ones
+                self._like[next(iter(self._like), match[0])] += 1
                 return
 
     def _check(self, given: int) -> None:

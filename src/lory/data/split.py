@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
+HELD_OUT = "its question is in data.eval, too"
+"""The reason under which records to train on are counted that are evaluated on."""
+
 
 def split_questions(questions: Sequence[Array], fraction: float, seed: int) -> tuple[list[Array], list[Array]]:
     """Choose about `fraction` of each source's conversations for evaluation, whole questions at a time.

@@ -164,8 +164,6 @@ def _take_window(samples: Samples, stream: Stream) -> _Part:
     store, reports = samples.stores[0], stream.report()
     there = np.flatnonzero(store.count)
     dropped = sum((Counter(report["dropped"]) for report in reports), Counter())
-    if lost := len(store.count) - len(there):
-        dropped["no sample came of it (too long, or nothing to learn)"] = lost
     repeated = find_first(store.digests) != np.arange(len(store.digests))
     notes = [f"{report['name']}: {note}" for report in reports for note in report["notes"]]
     path = ", ".join(report["path"] for report in reports)

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from lory.runtime import LoryError, read_json, write_json
+from lory.runtime import LoryError, explain_os_error, read_json, write_json
 from lory.types import IGNORE, Conversation, Sample
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class _Table:
     def __init__(self, path: Path, schema: pyarrow.Schema) -> None:
         import pyarrow
 
-        self.schema = schema
+        self.path, self.schema = path, schema
         self._sink = pyarrow.OSFile(str(path), "wb")
         self._writer = pyarrow.ipc.new_file(self._sink, schema)
         self._rows: list[tuple[Any, ...]] = []
@@ -181,13 +181,21 @@ class _Table:
             _to_array(values, kind)
             for values, kind in zip(zip(*self._rows, strict=True), self.schema.types, strict=True)
         ]
-        self._writer.write_batch(pyarrow.record_batch(columns, schema=self.schema))
         self._rows = []
+        try:
+            self._writer.write_batch(pyarrow.record_batch(columns, schema=self.schema))
+        except OSError as error:
+            raise explain_os_error(error, f"write {self.path}") from error
 
     def close(self) -> None:
-        if not self._sink.closed:
+        if self._sink.closed:
+            return
+        try:
             self._flush()
             self._writer.close()
+        except OSError as error:
+            raise explain_os_error(error, f"write {self.path}") from error
+        finally:
             self._sink.close()
 
 
@@ -309,6 +317,11 @@ class Store:
             values, offsets = np.asarray(column.values), np.asarray(column.offsets)
             rows = indices[first:last] - number * _Table._BATCH
             yield [values[offsets[row] : offsets[row + 1]] for row in rows.tolist()]
+
+    def reasons(self) -> list[str | None]:
+        """Why each conversation has no sample; None where it has."""
+        found: list[str | None] = self._conversations.read_all().column("dropped").to_pylist()
+        return found
 
     def place(self, conversation: int) -> str:
         """Where a conversation was read."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from typing import Any
 from lory.data.encode import Encoder
 from lory.data.samples import Samples, count_up
 from lory.data.sources import SourceConfig, SourceReader, open_source
-from lory.data.split import scatter
-from lory.data.store import Store, Summary, Writer
+from lory.data.split import HELD_OUT, scatter
+from lory.data.store import Store, Summary, Writer, digest_question
 from lory.data.workers import encode_all
 from lory.types import Conversation
 
@@ -38,6 +39,7 @@ class Stream:
 
     Attributes:
         readers: what was read since the last start, for reports.
+        lost: for each of them, what was left out after reading, by reason.
     """
 
     def __init__(
@@ -48,19 +50,28 @@ class Stream:
         weighted: bool,
         seed: int,
         workers: int | None = None,
+        held_out: Collection[bytes] = (),
     ) -> None:
-        """`window`: conversations of a window; `weighted`: mix by the weights until the first source has no more."""
-        self.sources, self.encoder, self.size = sources, encoder, window
+        """Nothing is read yet.
+
+        Args:
+            window: conversations of a window.
+            weighted: mix by the weights until the first source has no more.
+            held_out: questions (see `digest_question`) that are kept for evaluation.
+        """
+        self.sources, self.encoder, self.size, self.held_out = sources, encoder, window, held_out
         self.weights = [source.weight or 1.0 for source in sources] if weighted else None
         self.seed, self.workers = seed, workers
         self.readers: list[SourceReader] = []
+        self.lost: list[Counter[str]] = []
+        self._owners: list[int] = []
         self._open: tuple[tuple[int, ...], Iterator[Conversation]] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def read(self, starts: tuple[int, ...] = ()) -> Window:
         """The window that starts at these records of the sources; none: at the beginning.
 
-        The window before is gone then.
+        The window before is gone then. One in which nothing is learnt is passed over.
 
         Raises:
             UsageError: bad data; the sentence names file and line.
@@ -69,17 +80,30 @@ class Stream:
         if self._open is None or self._open[0] != starts:
             self._open = (starts, self._mix(starts))
         conversations = self._open[1]
-        folder = tempfile.TemporaryDirectory(prefix="lory-window-")
+        while True:
+            store = self._encode(conversations)
+            samples = _gather(store)
+            if samples.supervised.any() or len(store.first) < self.size:
+                break
+        ends = tuple(reader.position for reader in self.readers)
+        self._open = (ends, conversations)
+        return Window(samples, ends)
+
+    def _encode(self, conversations: Iterator[Conversation]) -> Store:
+        # on Windows, files that are still mapped cannot be deleted; the system's own cleaning gets them
+        folder = tempfile.TemporaryDirectory(prefix="lory-window-", ignore_cleanup_errors=True)
+        self._owners.clear()
         with Writer(Path(folder.name)) as writer:
             encode_all(itertools.islice(conversations, self.size), self.encoder, writer, self.workers)
             writer.finish(Summary())
-        ends = tuple(reader.position for reader in self.readers)
-        self._open = (ends, conversations)
-        samples = _gather(Store(Path(folder.name)))
+        store = Store(Path(folder.name))
+        for owner, reason in zip(self._owners, store.reasons(), strict=True):
+            if reason:
+                self.lost[owner][reason] += 1
         if self._folder:
             self._folder.cleanup()
         self._folder = folder
-        return Window(samples, ends)
+        return store
 
     def report(self) -> list[dict[str, Any]]:
         """data.json's part on the sources: what was read of each so far."""
@@ -89,17 +113,27 @@ class Stream:
                 "path": reader.config.path,
                 "streamed": True,
                 "read_so_far": reader.read,
-                "dropped": dict(reader.dropped),
+                "dropped": dict(reader.dropped + lost),
                 "notes": reader.notes if reader.read else [],
             }
-            for reader in self.readers
+            for reader, lost in zip(self.readers, self.lost, strict=True)
         ]
 
     def _mix(self, starts: tuple[int, ...]) -> Iterator[Conversation]:
         self.readers = [open_source(source, start) for source, start in zip(self.sources, starts, strict=True)]
+        self.lost = [Counter() for _ in self.readers]
+        for owner, conversation in self._choose():
+            if self.held_out and digest_question(conversation) in self.held_out:
+                self.lost[owner][HELD_OUT] += 1
+                continue
+            self._owners.append(owner)
+            yield conversation
+
+    def _choose(self) -> Iterator[tuple[int, Conversation]]:
+        """Each conversation with the number of its source."""
         if self.weights is None:
-            for reader in self.readers:
-                yield from reader
+            for number, reader in enumerate(self.readers):
+                yield from ((number, conversation) for conversation in reader)
             return
         iterators = [iter(reader) for reader in self.readers]
         while True:
@@ -108,7 +142,7 @@ class Stream:
             conversation = next(iterators[number], None)
             if conversation is None:
                 return
-            yield conversation
+            yield number, conversation
 
     def _draw(self) -> int:
         import numpy as np

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 MARK = "\ue000"
 """A private character that stands for a text whose place in a rendered conversation is looked for."""
 
+NO_TEMPLATE = "has no chat template"
+"""What the error says of a tokenizer that messages cannot be rendered with."""
+
 _FEW_TEXTS = 16
 _NO_CALLS = (
     "The model's chat template leaves out the call of '{}'; take a template that writes tool calls, such as hermes."
@@ -198,7 +201,7 @@ def _render_all(
 
     if not tokenizer.chat_template:
         raise UsageError(
-            f"The tokenizer of {tokenizer.name_or_path} has no chat template, so it cannot render messages; name one."
+            f"The tokenizer of {tokenizer.name_or_path} {NO_TEMPLATE}, so it cannot render messages; name one."
         )
     functions = _parse_tools(tools) if tools else None
     as_parts = _takes_parts(tokenizer)

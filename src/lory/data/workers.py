@@ -6,6 +6,7 @@ import collections
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -154,6 +155,8 @@ _kept: list[Encoder] = []
 
 
 def _keep(encoder: Encoder) -> None:
+    # Ctrl-C reaches every process; the one that is waited for ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     _kept[:] = [encoder]
 
 

@@ -7,13 +7,13 @@ The method is that of Su et al., "A Contrastive Framework for Neural Text Genera
 V(k) are the k likeliest tokens, h the last layer's hidden states. The k states h_v take a forward pass over k tokens,
 whose winner brings the next step's probabilities along, so each token costs one forward pass.
 
-    model.generate(**inputs, custom_generate=contrastive_search, penalty_alpha=0.6, top_k=8)
+    model.generate(**inputs, custom_generate=contrastive_search, penalty_alpha=0.7, top_k=8)
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -22,15 +22,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lory.decoding.loop import Step
 from lory.runtime import UsageError
 
 if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
     from transformers.generation import BaseStreamer
 
-PENALTY_ALPHA = 0.6
-# With fewer, SmolLM2 still repeats itself: seq-rep-4 of 100 tokens after 32 prefixes of articles is 0.57 when greedy,
-# 0.08 with 4 candidates, 0.07 with 5, 0.06 with 6, 0.02 with 8 (benchmarks/contrastive.py)
+# Chosen on SmolLM2, by seq-rep-4 of 100 tokens after prefixes of articles (benchmarks/contrastive.py): on 32 prefixes
+# greedy decoding has 0.57; 0.6 with 4, 5, 6 candidates 0.08, 0.07, 0.06; 0.7 with 5 0.04; 0.6 and 0.7 with 8 0.016 and
+# 0.014. On 32 others, that had no part in the choice, greedy has 0.60, and 0.7 with 8 has 0.03.
+PENALTY_ALPHA = 0.7
 TOP_K = 8
 
 # What a forward pass over k tokens at one position is given; a model that wants more takes the slower way
@@ -68,6 +70,63 @@ def contrastive_search(
         UsageError: alpha or k cannot be, the model keeps no cache, or it is spread over several processes.
     """
     alpha, k = _check_options(penalty_alpha, top_k, generation_config)
+    _check_model(model, model_kwargs, synced_gpus)
+    step: tuple[Tensor, ...] = (input_ids,)
+    for step in _decode(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, alpha, k
+    ):
+        if streamer is not None:
+            streamer.put(step[1].cpu())
+    if streamer is not None:
+        streamer.end()
+    return step[0]
+
+
+def contrastive_steps(
+    model: PreTrainedModel,
+    inputs: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    penalty_alpha: float,
+    top_k: int,
+) -> Iterator[Step]:
+    """Contrastive search step by step, as `lory.decoding.loop.decode_steps` does other decoding.
+
+    Args:
+        inputs, arguments: as `decode_steps` takes them.
+
+    Raises:
+        UsageError: alpha or k cannot be, or the model keeps no cache.
+    """
+
+    def start(
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Iterator[Step]:
+        alpha, k = _check_options(penalty_alpha, top_k, generation_config)
+        _check_model(model, model_kwargs, synced_gpus=False)
+        return _tell(
+            _decode(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, alpha, k)
+        )
+
+    steps: Iterator[Step] = model.generate(**inputs, **arguments, custom_generate=start)
+    return steps
+
+
+def _tell(decoded: Iterator[tuple[Tensor, Tensor, Tensor]]) -> Iterator[Step]:
+    running: list[bool] | None = None
+    for _, tokens, unfinished in decoded:
+        new: list[int | None] = list(tokens.tolist())
+        if running is not None:
+            new = [token if alive else None for token, alive in zip(new, running, strict=True)]
+        running = unfinished.tolist()
+        yield Step(new, finished=not any(running))
+
+
+def _check_model(model: PreTrainedModel, model_kwargs: Mapping[str, Any], synced_gpus: bool) -> None:
     if model.config.is_encoder_decoder or not hasattr(model_kwargs.get("past_key_values"), "layers"):
         raise UsageError(
             f"Contrastive search needs a causal model that keeps a cache, and {type(model).__name__} was run without "
@@ -78,6 +137,20 @@ def contrastive_search(
             "Contrastive search was asked of a model whose weights are spread over several processes; "
             "run it in one process, or choose another way of decoding."
         )
+
+
+@torch.no_grad()
+def _decode(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    alpha: float,
+    k: int,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """After each step: all ids so far (B, T), the new tokens (B,), and which rows go on (B,)."""
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     padding = generation_config._pad_token_tensor
     with _watch_states(model) as watch:
@@ -88,12 +161,8 @@ def contrastive_search(
             if padding is not None:
                 tokens = torch.where(unfinished, tokens, padding.to(tokens.device))
             input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
-            if streamer is not None:
-                streamer.put(tokens.cpu())
             unfinished = unfinished & ~stopping_criteria(input_ids, None)
-    if streamer is not None:
-        streamer.end()
-    return input_ids
+            yield input_ids, tokens, unfinished
 
 
 def _check_options(alpha: float | None, k: int | None, config: GenerationConfig) -> tuple[float, int]:

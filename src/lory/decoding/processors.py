@@ -194,13 +194,20 @@ class LoopEscape(LogitsProcessor):
 class PenaltyOptions(Protocol):
     """The options that `build_processors` reads."""
 
-    repetition_penalty: float
-    repetition_window: int | None
-    repetition_counts: Counts
-    frequency_penalty: float
-    presence_penalty: float
-    sampling_noise: float
-    seed: int | None
+    @property
+    def repetition_penalty(self) -> float: ...
+    @property
+    def repetition_window(self) -> int | None: ...
+    @property
+    def repetition_counts(self) -> Counts: ...
+    @property
+    def frequency_penalty(self) -> float: ...
+    @property
+    def presence_penalty(self) -> float: ...
+    @property
+    def sampling_noise(self) -> float: ...
+    @property
+    def seed(self) -> int | None: ...
 
 
 def build_processors(options: PenaltyOptions, prompt_tokens: int, ignored: Collection[int] = ()) -> LogitsProcessorList:

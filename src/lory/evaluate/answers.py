@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lory.evaluate.records import Question, Record, batches_of
+from lory.evaluate.records import Question, Record, make_batches
 from lory.generate import GenerationOptions, decode_text, stream_steps
 from lory.runtime import LoryError
 
@@ -76,7 +76,7 @@ def answer_questions(
     several = [question for question in questions for _ in range(answers)]
     order = {id(question): number for number, question in enumerate(questions)}
     total = len(several)
-    for number, batch in enumerate(batches_of(several, batch_size)):
+    for number, batch in enumerate(make_batches(several, batch_size)):
         if stopped():
             break
         # equal prompts in equal batches must not draw the same

@@ -177,7 +177,7 @@ def _cut(ids: Sequence[int], size: int) -> list[tuple[int, ...]]:
     return [tuple(ids[start : start + size]) for start in range(0, len(ids) - size + 1, size)]
 
 
-def batches_of(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
+def make_batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
     """Batches of prompts of about the same length; the order of the source is kept roughly.
 
     So when an evaluation is stopped early, what was answered is a fair part of the source, not its shortest prompts.

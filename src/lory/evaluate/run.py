@@ -54,7 +54,7 @@ class Settings:
     def check(self) -> None:
         """Raises UsageError where the settings cannot be."""
         if self.max_tokens < 8:
-            raise UsageError(f"--max-tokens {self.max_tokens} was given; samples have 8 tokens or more.")
+            raise UsageError(f"max_tokens = {self.max_tokens} was given; samples have 8 tokens or more.")
         if self.answers > 1 and not self.options.do_sample:
             raise UsageError(f"{self.answers} answers to each prompt need sampling; without, they are all the same.")
         if self.continuation and min(self.continuation) < 1:

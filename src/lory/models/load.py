@@ -28,8 +28,8 @@ class ModelConfig(Section):
     )
     quantize: Quantization | None = Field(
         None,
-        description="Hold the base's linear layers in few bits: nf4 (about 6 bits: NF4 where a layer widens, int8 "
-        "elsewhere), nf4-pure (4.1 bits) or int8; what is trained on top stays in higher precision. Needs bitsandbytes.",
+        description="Hold the base's linear layers in few bits: nf4 (about 6 bits: NF4 where a layer widens, else "
+        "int8), nf4-pure (4.1 bits) or int8; what is trained on top stays in higher precision. Needs bitsandbytes.",
     )
     template: str = Field(
         "auto",

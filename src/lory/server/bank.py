@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ from lory.adapters.targets import list_targets
 from lory.runtime import LoryError, UsageError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from lory.models.lean import LeanDecoder, Product
 
 _JOINED = {
@@ -145,7 +148,7 @@ class AdapterBank:
         places: the most adapters that one batch can have; 156 MB for 8 of rank 16 on SmolLM2's linear layers.
     """
 
-    def __init__(self, model: nn.Module, places: int) -> None:
+    def __init__(self, model: PreTrainedModel, places: int) -> None:
         self.model, self.most = model, places
         self.chosen: tuple[int, int, Tensor | None] = (0, 0, None)
         """The places from the first to before the last that have a part in this forward, and who has which: (M, last -
@@ -198,9 +201,9 @@ class AdapterBank:
         routed = copy.copy(decoder)
         routed.layers = [
             replace(layer, **{field: self._wrap(getattr(layer, field), own, names) for field, names in _JOINED.items()})
-            for layer, own in zip(decoder.layers, self.model.base_model.layers, strict=True)  # type: ignore[union-attr]
+            for layer, own in zip(decoder.layers, self.model.base_model.layers, strict=True)
         ]
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        head = self.model.get_output_embeddings()
         routed.head = self._wrap_all(decoder.head, [head])
         return routed
 
@@ -212,7 +215,7 @@ class AdapterBank:
         ends = [0]
         for linear in linears:
             ends.append(ends[-1] + linear.out_features)
-        outs = [slice(*pair) for pair in zip(ends[:-1], ends[1:], strict=True)]
+        outs = [slice(*pair) for pair in pairwise(ends)]
         paths = [self._paths[linear] for linear in linears]
         tables = _Product(self, paths, outs)
         self._products |= dict.fromkeys(paths, tables)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from lory.config import build
 from lory.data.records import Malformed
@@ -37,13 +37,13 @@ def _read_message(message: ChatMessage, place: str) -> Message:
     if any(isinstance(part, ImagePart) for part in parts):
         raise ApiError(400, "This model reads text only; leave the images out.", f"{place}.content", "no_images")
     text = message.content if isinstance(message.content, str) else "".join(getattr(part, "text", "") for part in parts)
-    role = "system" if message.role == "developer" else message.role
+    role: Role = "system" if message.role == "developer" else message.role
     calls = tuple(
         ToolCall(call.function.name, _check_arguments(call.function.arguments, place), call.id)
         for call in message.tool_calls or ()
     )
     return Message(
-        cast("Role", role),
+        role,
         text,
         reasoning=message.reasoning_content or "",
         tool_calls=calls,
@@ -178,4 +178,3 @@ def _read_bias(bias: dict[str, float] | None, vocabulary: int) -> dict[int, floa
             raise ApiError(400, message, "logit_bias")
         read[int(token)] = value
     return read
-

@@ -60,6 +60,7 @@ class RowsCache(Cache):
 
     def __init__(self) -> None:
         super().__init__(layers=[])
+        self.layers: list[RowsLayer] = []
         self.span = _Span()
         self.lengths: list[int] = []
         """Tokens of each row."""

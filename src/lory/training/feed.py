@@ -11,6 +11,7 @@ from lory.adapters.virtual_tokens import Leading
 from lory.data.collate import Batch
 from lory.data.samples import Samples
 from lory.data.stream import Stream, Window
+from lory.runtime import log
 from lory.training.checkpoint import Position
 from lory.training.plan import Plan, fold, make_batch, plan_rows
 from lory.types import Sample
@@ -47,8 +48,9 @@ class Batching:
         batches = plan.micro_batches(epoch, step, rank)
         counts = [Counter(batch) for batch in batches]
         if self.folding:
-            most = plan.batch_size * self.max_tokens if self.packing else sum(map(len, batches)) * self.max_tokens
-            counts = fold(batches, samples, most, len(samples) if self.packing else plan.batch_size)
+            row, leading = self.max_tokens + len(self.leading), len(self.leading)
+            most = plan.batch_size * row if self.packing else sum(map(len, batches)) * row
+            counts = fold(batches, samples, most, len(samples) if self.packing else plan.batch_size, leading)
             # ranks have to run the same number of passes, or they would wait for each other for ever
             if plan.processes > 1:
                 counts += [Counter() for _ in range(len(batches) - len(counts))]
@@ -109,6 +111,9 @@ class StreamFeed:
             return
         position.step_in_epoch, position.window, position.window_starts = 0, position.window + 1, ends
         if not self._load(ends).samples.supervised.any():
+            for source in self.stream.report():
+                for reason, count in source["dropped"].items():
+                    log.info("%s: %d of %d records dropped: %s", source["name"], count, source["read_so_far"], reason)
             position.epoch, position.window, position.window_starts = position.epoch + 1, 0, ()
 
     def _load(self, starts: tuple[int, ...]) -> Window:

@@ -208,13 +208,14 @@ class Loop:
 def _describe(sums: torch.Tensor) -> dict[str, Any]:
     """Means from (3) sums of loss, correct and supervised tokens."""
     loss, correct, weight = sums.tolist()
-    mean = loss / max(weight, 1)
+    weight = weight or 1.0
+    mean = loss / weight
     return {
         "loss": mean,
         # a perplexity beyond a float's range says no more than a very large one
         "perplexity": math.exp(min(mean, 700.0)),
-        "token_accuracy": correct / max(weight, 1),
-        "supervised_tokens": int(weight),
+        "token_accuracy": correct / weight,
+        "supervised_tokens": int(sums[2]),
     }
 
 

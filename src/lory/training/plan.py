@@ -42,11 +42,16 @@ class Plan:
 
     def order(self, epoch: int) -> list[int]:
         """The rows' order in an epoch, a function of seed and epoch alone, so that a resumed run finds its place."""
+        found: list[int] = self._permute(epoch).tolist()
+        return found
+
+    def _permute(self, epoch: int) -> torch.Tensor:
         return _permute(len(self.rows), self.seed * 1_000_003 + epoch)
 
     def micro_batches(self, epoch: int, step: int, rank: int) -> list[list[int]]:
         """Sample indices of each micro-batch of this rank in an epoch's step; at the end some may be empty."""
-        rows = self.order(epoch)[step * self.rows_per_step : (step + 1) * self.rows_per_step]
+        here = slice(step * self.rows_per_step, (step + 1) * self.rows_per_step)
+        rows = self._permute(epoch)[here].tolist()
         batches = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
         # every rank must run the same number of passes, or they would wait for each other for ever
         batches += [[] for _ in range(-len(batches) % self.processes)]
@@ -54,10 +59,9 @@ class Plan:
 
 
 @functools.lru_cache(maxsize=1)
-def _permute(count: int, seed: int) -> list[int]:
+def _permute(count: int, seed: int) -> torch.Tensor:
     """The numbers below `count` in random order; the last answer is kept, since every step of an epoch asks."""
-    order: list[int] = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    return order
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def plan_rows(samples: Samples, packing: bool, max_tokens: int, leading: int = 0) -> Rows:
@@ -81,7 +85,9 @@ def count_steps(config: TrainConfig, plan: Plan, streamed: bool = False) -> int:
     return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
-def fold(batches: Sequence[Sequence[int]], samples: Samples, most_tokens: int, most_samples: int) -> list[Counter[int]]:
+def fold(
+    batches: Sequence[Sequence[int]], samples: Samples, most_tokens: int, most_samples: int, leading: int = 0
+) -> list[Counter[int]]:
     """Micro-batches in which each different sample is once, with how often it was there in all of them.
 
     The gradient of a sum does not depend on how often equal terms are computed. Neighbours that have become small
@@ -91,6 +97,7 @@ def fold(batches: Sequence[Sequence[int]], samples: Samples, most_tokens: int, m
         batches: sample indices of each micro-batch of one optimizer step.
         most_tokens: how many tokens a joined micro-batch may have.
         most_samples: how many samples it may have.
+        leading: tokens that each sample will begin with, which count, too.
 
     Returns:
         For each micro-batch, how often each sample (the first of those that are equal) is there.
@@ -103,14 +110,16 @@ def fold(batches: Sequence[Sequence[int]], samples: Samples, most_tokens: int, m
             kept, counter = first.setdefault(samples.identity(index), (index, new))
             counter[kept] += 1
         folded.append(new)
-    return _join(folded, samples, most_tokens, most_samples)
+    return _join(folded, samples, most_tokens, most_samples, leading)
 
 
-def _join(batches: Sequence[Counter[int]], samples: Samples, most_tokens: int, most_samples: int) -> list[Counter[int]]:
+def _join(
+    batches: Sequence[Counter[int]], samples: Samples, most_tokens: int, most_samples: int, leading: int
+) -> list[Counter[int]]:
     joined: list[Counter[int]] = []
     tokens = 0
     for batch in batches:
-        more = sum(int(samples.lengths[index]) for index in batch)
+        more = sum(int(samples.lengths[index]) + leading for index in batch)
         if joined and tokens + more <= most_tokens and len(joined[-1]) + len(batch) <= most_samples:
             joined[-1].update(batch)
             tokens += more
@@ -127,5 +136,6 @@ def make_batch(
     chosen = [leading.prepend(samples[index]) for index in counts]
     if not chosen:
         ids = samples[0].input_ids[:2]
-        return collate([leading.prepend(Sample(ids, (IGNORE,) * len(ids)))], padded, pad_id)
+        # there no times: not even a loss that needs no learnt token counts it
+        return collate([leading.prepend(Sample(ids, (IGNORE,) * len(ids)))], padded, pad_id, [0])
     return collate(chosen, padded, pad_id, list(counts.values()))

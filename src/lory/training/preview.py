@@ -199,8 +199,8 @@ def estimate_memory(prepared: Prepared, rows: Sequence[Sequence[int]]) -> dict[s
     hidden, layers = text.hidden_size, text.num_hidden_layers
     in_full = 16 * hidden + 5 * (getattr(text, "intermediate_size", None) or 4 * hidden)
     per_token = layers * hidden + in_full if config.train.gradient_checkpointing else layers * in_full
-    samples = prepared.dataset.train
-    lengths = sorted((sum(len(samples[i]) for i in row) for row in rows), reverse=True)
+    sizes = prepared.dataset.train.lengths
+    lengths = sorted((sum(int(sizes[i]) for i in row) for row in rows), reverse=True)
     tokens = sum(lengths[: config.train.batch_size])
     # the gradient and AdamW's two moments in fp32, and the adapter's own weights, where these are not the base's
     trained_bytes = trained * 4 * (3 if config.adapter.type in ("full", "freeze") else 4)

@@ -18,6 +18,7 @@ from lory.config import apply_overrides, build
 from lory.data.dataset import DataConfig, Dataset, build_dataset
 from lory.data.named_templates import AUTO, add_answer_end, choose_template
 from lory.data.packing import efficiency
+from lory.data.templates import NO_TEMPLATE
 from lory.models.attention import keeps_documents_apart
 from lory.models.fused_memory import keep_freed_memory
 from lory.models.load import (
@@ -115,8 +116,8 @@ def prepare(config: Config) -> Prepared:
     ends = add_answer_end(terminators(load_generation_config(resolved, trust), tokenizer), tokenizer)
     try:
         dataset = build_dataset(config.data, tokenizer, ends, config.train.seed)
-    except UsageError:
-        if not tokenizer.chat_template:
+    except UsageError as error:
+        if not tokenizer.chat_template and NO_TEMPLATE in str(error):
             choose_template(tokenizer, *named)  # says which there are
         raise
     return Prepared(config, resolved, tokenizer, dataset, ends)

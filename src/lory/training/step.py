@@ -63,7 +63,8 @@ def train_step(
     module: Objective = accelerator.unwrap_model(objective)
     device = accelerator.device
     totals = accelerator.reduce(_count(batches, device), "sum")
-    weight, supervised, tokens, documents, continued = totals.clamp(min=1).tolist()
+    # the weights of messages may add up to less than 1
+    weight, supervised, tokens, documents, continued = torch.where(totals > 0, totals, 1.0).tolist()
     # data parallelism averages gradients over the ranks; the sum is what is wanted
     ranks, config = accelerator.num_processes, module.config
     likelihood_factor, contrastive_factor = ranks / weight, config.contrastive.weight * ranks / documents
