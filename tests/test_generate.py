@@ -363,6 +363,8 @@ def circling(tiny_model: Path) -> tuple[Any, Any, list[int]]:
         for place, word in enumerate(words):
             model.get_input_embeddings().weight[word, place] = 1.0
             model.get_output_embeddings().weight[words[(place + 1) % 9], place] = 1.0
+            # what it could say instead
+            model.get_output_embeddings().weight[len(tokenizer) - 1 - place, place] = 0.9
     return model, tokenizer, words
 
 

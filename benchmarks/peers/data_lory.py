@@ -22,6 +22,4 @@ samples = build_dataset(config, tokenizer, [tokenizer.eos_token_id], seed=0).tra
 rows = pack(samples.lengths, 2048)
 seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(
-    json.dumps({"seconds": seconds, "tokens": int(samples.lengths.sum()), "rows": len(rows), "bytes": peak - before})
-)
+print(json.dumps({"seconds": seconds, "tokens": int(samples.lengths.sum()), "rows": len(rows), "bytes": peak - before}))

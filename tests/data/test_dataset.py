@@ -201,7 +201,7 @@ def test_eval_and_eval_fraction_exclude_each_other() -> None:
 
 def test_the_report_counts_what_is_there(make: Make) -> None:
     long = ("Tell a story", "Once upon a time there was a parrot. " * 20)
-    write("a.jsonl", [*numbered(0, 10), ("", "An answer."), ("A question", " "), long, *numbered(0, 1)])
+    write("a.jsonl", [*numbered(0, 10), ("", "An answer."), ("A question", " "), long, *numbered(2, 3)])
     dataset = make(["a.jsonl"], eval_fraction=0.3, max_tokens=128)
 
     assert_report_adds_up(dataset)
@@ -218,7 +218,7 @@ def test_the_report_counts_what_is_there(make: Make) -> None:
     assert source["lengths"]["median"] == statistics.median(lengths)
     assert source["lengths"]["mean"] == pytest.approx(statistics.fmean(lengths), abs=0.05)
     assert source["lengths"]["p95"] == source["lengths"]["max"] == max(lengths)
-    assert source["notes"] == ["1 exact duplicate"]
+    assert source["notes"] == ["1 exact duplicate, computed once in a step, with their number as weight"]
     assert json.loads(json.dumps(report)) == report
 
 
@@ -337,16 +337,28 @@ def test_a_stream_leaves_out_the_questions_that_are_evaluated(make: Make, tokeni
     whole = make(["a.jsonl"], eval=["eval.jsonl"])
     streamed = make(["a.jsonl"], eval=["eval.jsonl"], streaming=True, window_samples=7)
     assert questions(read_all(streamed), tokenizer) == questions(whole.train, tokenizer)
-    report, expected = streamed.stream.report()[0], whole.report()["sources"][0]  # type: ignore[union-attr]
+    assert streamed.stream is not None
+    report, expected = streamed.stream.report()[0], whole.report()["sources"][0]
     assert report["dropped"] == expected["dropped"] == {"its question is in data.eval, too": 5}
 
 
 def test_a_window_of_nothing_to_learn_does_not_end_a_stream(make: Make, tokenizer: Any) -> None:
-    write("a.jsonl", [*numbered(0, 10), *numbered(10, 25, "{} " * 200), *numbered(25, 40)])
+    write("a.jsonl", [*numbered(0, 10), *numbered(10, 25, "{}" + " 7" * 200), *numbered(25, 40)])
     rules = {"max_tokens": 64, "streaming": True}
     dataset = make(["a.jsonl"], window_samples=5, **rules)
     assert questions(read_all(dataset), tokenizer) == questions(make(["a.jsonl"], max_tokens=64).train, tokenizer)
     assert dataset.stream.report()[0]["dropped"] == {"longer than 64 tokens": 15}  # type: ignore[union-attr]
-    write("b.jsonl", numbered(0, 5, "{} " * 200))
+    write("b.jsonl", numbered(0, 5, "{}" + " 7" * 200))
     with pytest.raises(UsageError, match=r"No token is left to learn from data\.train \(longer than 64 tokens: 5\)"):
         make(["b.jsonl"], **rules)
+
+
+def test_the_first_window_is_encoded_once(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("a.jsonl", numbered(0, 9))
+    dataset = make(["a.jsonl"], streaming=True, window_samples=4)
+    assert dataset.stream is not None
+    with monkeypatch.context() as patched:
+        patched.setattr("lory.data.stream.encode_all", lambda *_: pytest.fail("it was encoded again"))
+        first = dataset.stream.read()
+        assert list(first.samples) == list(dataset.train)
+    assert [len(dataset.stream.read(starts).samples) for starts in ((4,), (8,), (), (4,))] == [4, 1, 4, 4]

@@ -141,6 +141,9 @@ def test_a_data_set_of_the_registry_is_read_by_its_name(monkeypatch: pytest.Monk
     assert (first.name, first.read) == ("mine", 4)
     assert len(read_source(SourceConfig.model_validate("mine#2")).conversations) == 2
     assert read("mine", columns={"query": "A", "response": "Q"}).conversations[0] == exchange("a", "q0")
+    # the config in a run's folder has every field
+    written = SourceConfig.model_validate("mine").model_dump(mode="json")
+    assert read_source(SourceConfig.model_validate(written)).conversations == first.conversations
     write("mine.yaml", "mine: {description: d, path: m.jsonl, columns: {query: A, response: Q}}")
     assert read("mine").fingerprint != first.fingerprint
     write("mine", dump_lines(RECORDS))
@@ -166,3 +169,23 @@ def test_a_function_of_the_users_own_reads_records() -> None:
     assert source.dropped == {"left out by own_reader:read": 1}
     assert source.conversations[0].where == "a.jsonl line 2"
     assert "own_reader.py has no function 'raed'; did you mean 'read'?" in error_of("a.jsonl", format="own_reader:raed")
+
+
+def test_what_reads_records_may_be_any_callable_and_counts_by_its_file() -> None:
+    write(
+        "callable_reader.py",
+        "import functools\n"
+        "class Reader:\n"
+        "    def __call__(self, record):\n"
+        "        return {'messages': record['turns']}\n"
+        "read = Reader()\n"
+        "partial = functools.partial(read.__call__)\n",
+    )
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    write("a.jsonl", dump_lines([{"turns": turns}]))
+    for name in ("read", "partial"):
+        source = read("a.jsonl", format=f"callable_reader:{name}")
+        assert source.conversations == [exchange("q", "a")]
+    with Path("callable_reader.py").open("a") as file:
+        file.write("# changed\n")
+    assert read("a.jsonl", format="callable_reader:read").fingerprint != source.fingerprint

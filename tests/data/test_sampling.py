@@ -131,3 +131,15 @@ def test_every_item_is_equally_likely_to_be_drawn() -> None:
 def test_a_draw_is_its_seeds() -> None:
     assert draw(range(100), 20, 1) == draw(range(100), 20, 1) != draw(range(100), 20, 2)
     assert sorted(draw(range(5), 20, 0)) == list(range(5))
+
+
+@pytest.mark.parametrize("condition", ["en", 3, None, "not null", ["a", None], {"min": 3}, {"differs": None}])
+def test_what_is_written_down_reads_back_as_the_same_condition(condition: Any) -> None:
+    first = Condition.model_validate(condition)
+    again = Condition.model_validate(first.model_dump(mode="json"))
+    for value in ("en", "a", 3, 2, None):
+        assert first.holds(value) == again.holds(value)
+    assert (
+        Condition.model_validate({"equals": None}).model_dump()
+        != Condition.model_validate({"differs": None}).model_dump()
+    )

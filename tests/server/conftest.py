@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from lory.server.catalogue import Catalogue, open_catalogue
 from lory.server.engine import Engine
 from lory.server.limits import Limits
 from lory.server.metrics import ServerMetrics
+from lory.server.run import GracefulServer
 from lory.server.runner import Runner
 
 
@@ -31,6 +33,8 @@ class Server:
     url: str
     engine: Engine
     catalogue: Catalogue
+    process: GracefulServer
+    thread: threading.Thread
 
     def read_metric(self, name: str) -> float:
         """The value of a metric without labels."""
@@ -66,15 +70,13 @@ def running(
     config = uvicorn.Config(
         app, host="127.0.0.1", port=0, log_level="warning", access_log=False, timeout_graceful_shutdown=1
     )
-    server = uvicorn.Server(config)
+    ports: queue.Queue[int] = queue.Queue()
+    server = GracefulServer(config, engine, ports.put)
     thread = threading.Thread(target=server.run)
     engine.start()
     thread.start()
     try:
-        while not server.started:
-            time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield Server(f"http://127.0.0.1:{port}", engine, catalogue)
+        yield Server(f"http://127.0.0.1:{ports.get(timeout=10)}", engine, catalogue, server, thread)
     finally:
         server.should_exit = True
         thread.join()
@@ -108,6 +110,15 @@ def make_adapter(model: Path, folder: Path, seed: int, rank: int = 3, **settings
     folder.mkdir(parents=True)
     save_adapter(base, folder, str(model))
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small gain nothing from threads, which wait for one another where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

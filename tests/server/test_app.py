@@ -9,7 +9,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-
 from tests.server.conftest import Server
 
 MESSAGES: Any = [{"role": "user", "content": "Who are you?"}]

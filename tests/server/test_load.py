@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable
 
 import httpx
-
 from tests.server.conftest import Server, wait_until
 
 Serve = Callable[..., contextlib.AbstractContextManager[Server]]
@@ -78,7 +77,8 @@ def test_a_full_server_says_when_to_come_back(serve: Serve) -> None:
     with serve(max_batch=1, queue=0, step_seconds=0.01) as server, httpx.Client() as client:
         url = f"{server.url}/v1/chat/completions"
         with client.stream("POST", url, json=body(400)) as first:
-            next(first.iter_lines())
+            lines = first.iter_lines()
+            next(lines)
             refused = httpx.post(url, json=body(1))
             assert refused.status_code == 429
             assert int(refused.headers["Retry-After"]) > 0

@@ -7,7 +7,6 @@ from typing import Any
 import httpx
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
-
 from tests.server.conftest import Server
 
 schemathesis = pytest.importorskip("schemathesis")

@@ -22,8 +22,8 @@ from lory.models.attention import documents_apart
 from lory.training.continuations import continue_texts, is_sequence_step
 from lory.training.feed import Batching
 from lory.training.monitor import read_log
-from lory.training.plan import make_batch
 from lory.training.objective import LossConfig, Objective, UnlikelihoodConfig
+from lory.training.plan import make_batch
 from lory.training.run import train
 from lory.training.step import train_step
 from lory.types import IGNORE, Sample

@@ -232,6 +232,23 @@ def test_a_wrong_config_is_one_sentence(quick: dict[str, Any], overrides: list[s
     assert raised.value.exit_code == 2
 
 
+def test_a_base_without_a_template_is_told_of_only_where_one_is_needed(
+    quick: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    (tmp_path / "a.txt").write_text("Some text.\n", encoding="utf-8")
+    quick["model"] = {"path": str(tmp_path / "base")}
+    config = build(Config, quick, "config")
+    with pytest.raises(UsageError, match="has no chat template; 'llama2' looks like its family's"):
+        prepare(config)
+    quick["data"] = {"train": [{"path": str(tmp_path / "gone.txt")}]}
+    with pytest.raises(UsageError, match=r"gone\.txt does not exist"):
+        prepare(build(Config, quick, "config"))
+    quick["data"] = {"train": [{"path": str(tmp_path / "a.txt")}]}
+    assert len(prepare(build(Config, quick, "config")).dataset.train) == 1
+
+
 def test_an_adapter_is_no_base_to_train_on(quick: dict[str, Any]) -> None:
     quick["train"] |= {"max_steps": 1}
     folder = train(quick).folder

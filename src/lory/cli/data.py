@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lory.cli.formulas import formulas
 from lory.cli.generate import generate
 from lory.cli.options import ConfigSource, Json, Overrides, print_json
 from lory.cli.preview import preview
@@ -14,6 +15,7 @@ from lory.runtime import UsageError
 
 app = typer.Typer(no_args_is_help=True, help="A look at the data, and new data.")
 app.command("generate")(generate)
+app.command("formulas")(formulas)
 
 
 @app.command("show")

@@ -11,10 +11,10 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lory import __version__
 from lory.data.encode import Encoder
 from lory.data.sources import SourceConfig, SourceReader, open_source
 from lory.data.store import SUMMARY, Store, Summary, Writer
@@ -40,7 +40,7 @@ def encode_source(config: SourceConfig, encoder: Encoder, use_cache: bool, worke
     """
     reader = open_source(config)
     if not use_cache:
-        return _encode_into(_temporary_folder(), config, reader, encoder, workers)
+        return _encode_for_now(config, reader, encoder, workers)
     key = _find_key(config, reader, encoder)
     folder = cache_folder() / "data" / key
     if store := _find_stored(folder, config):
@@ -51,7 +51,7 @@ def encode_source(config: SourceConfig, encoder: Encoder, use_cache: bool, worke
             "data.cache to false.",
             folder.parent,
         )
-        return _encode_into(_temporary_folder(), config, reader, encoder, workers)
+        return _encode_for_now(config, reader, encoder, workers)
     # the processes of one run, and runs side by side, would all encode the same; a lock a key would leave many files
     with lock_file(cache_folder() / "locks" / f"data-{key[:2]}.lock", wait=True):
         if store := _find_stored(folder, config):
@@ -83,16 +83,21 @@ def _can_write(folder: Path) -> bool:
         return False
 
 
+def _encode_for_now(config: SourceConfig, reader: SourceReader, encoder: Encoder, workers: int | None) -> Store:
+    folder = _temporary_folder()
+    _encode_into(folder, config, reader, encoder, workers)
+    return Store(folder, config.path)
+
+
 def _encode_into(
     folder: Path, config: SourceConfig, reader: SourceReader, encoder: Encoder, workers: int | None
-) -> Store:
+) -> None:
     encoder.notes = Counter()
     with Writer(folder, config.path) as writer:
         encode_all(reader, encoder, writer, workers)
         notes = [*reader.notes, *(f"{what}: {count}" for what, count in encoder.notes.items())]
         dropped = Counter(reader.dropped) + writer.dropped
         writer.finish(Summary(reader.read, dropped, notes, reader.fingerprint, hash_tokenizer(encoder)))
-    return Store(folder, config.path)
 
 
 @contextlib.contextmanager
@@ -117,7 +122,7 @@ def _temporary_folder() -> Path:
 def _find_key(config: SourceConfig, reader: SourceReader, encoder: Encoder) -> str:
     """A hash of all that the samples depend on: content, how it is read, template, tokenizer and rules."""
     parts: dict[str, Any] = {
-        "version": [_VERSION, __version__],
+        "version": [_VERSION, _find_version()],
         "content": reader.fingerprint,
         "reading": reader.reading,
         # a file's name is not among what is learnt
@@ -127,6 +132,13 @@ def _find_key(config: SourceConfig, reader: SourceReader, encoder: Encoder) -> s
         "rules": [encoder.max_tokens, encoder.on_long, encoder.loss_on],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _find_version() -> str:
+    try:
+        return version("lory-llm")
+    except PackageNotFoundError:
+        return ""
 
 
 def hash_tokenizer(encoder: Encoder) -> str:

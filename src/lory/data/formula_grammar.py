@@ -13,13 +13,12 @@ import hashlib
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from lory.runtime import UsageError
 
 LevelName = Literal["easy", "medium", "hard"]
-LEVEL_NAMES: tuple[LevelName, ...] = get_args(LevelName)
 Side = Literal["train", "validation", "test"]
 SIDES: tuple[Side, ...] = get_args(Side)
 
@@ -87,9 +86,9 @@ factor
   6 medium <script>
   2 medium \frac { <+sum> } { <+sum> }
   1 medium \left( <+pair> \right) ^ { <power> }
-  2 medium <mapping> ( <arguments> )
-  2 medium <derivative>
-  1 medium | <name> |
+  2 medium <mapping> \left( <arguments> \right)
+  3 medium <+derivative>
+  1 medium \left| <name> \right|
   16 hard <script>
   1 hard \sqrt [ <root> ] { <+sum> }
   1 hard \left[ <+pair> \right]
@@ -98,13 +97,14 @@ factor
   1 hard \left\langle <+sum> \right\rangle
   1 hard \left| <+pair> \right|
   1 hard \left. \frac { <+sum> } { <+sum> } \right| _ { <letter> = <bound> }
-  1 hard \langle <name> | <name> \rangle
-  1 hard \| <name> \|
-  1 hard \lfloor <name> / <number> \rfloor
+  1 hard \langle <symbol> | <symbol> \rangle
+  1 hard \left\| <name> \right\|
+  1 hard \left\lfloor <name> / <number> \right\rfloor
   1 hard \binom { <+short> } { <+short> }
   1 hard \overline { <letter> <letter> }
   1 hard \widehat { <letter> <letter> }
-  1 hard <styled> ( <arguments> )
+  1 hard <styled> \left( <arguments> \right)
+  3 hard <gradient>
 pair
   4 easy <term> <sign> <term>
   1 hard <term> <sign> <term> <sign> <term>
@@ -133,6 +133,7 @@ derivative
   2 medium \frac { \partial <name> } { \partial <variable> }
   1 medium \frac { d ^ { 2 } <name> } { d <variable> ^ { 2 } }
   2 hard \frac { \partial ^ { 2 } <name> } { \partial <variable> ^ { 2 } }
+gradient
   3 hard \partial _ { <greek> } <name>
   1 hard \partial ^ { <greek> } <name>
   1 hard \nabla <name>
@@ -149,7 +150,7 @@ arguments
 name
   4 easy <symbol>
   2 easy <script>
-  1 medium <mapping> ( <arguments> )
+  1 medium <mapping> \left( <arguments> \right)
   3 hard <script>
 script
   5 easy <symbol> ^ { <power> }
@@ -273,14 +274,15 @@ relation
   3 hard one of \equiv \sim \simeq \propto \ll \gg \cong \subset \in
 """
 
-_TALL = frozenset([r"\frac", r"\binom", r"\sum", r"\prod", r"\int", r"\oint", r"\bigcup", r"\bigoplus", r"\lim", r"\max", r"\left.", r"\sqrt"])
-_STRETCHED = {"(": ")", "[": "]", r"\{": r"\}", r"\langle": r"\rangle", "|": "|"}
+_TALL = {r"\frac", r"\binom", r"\sqrt", r"\sum", r"\prod", r"\int", r"\oint", r"\bigcup", r"\bigoplus"}
+_TALL |= {r"\lim", r"\max", r"\left."}
+_STRETCHED = {"(": ")", "[": "]", r"\{": r"\}", r"\langle": r"\rangle", r"\lfloor": r"\rfloor", "|": "|", r"\|": r"\|"}
 """Brackets that the grammar writes with \\left and \\right, and that lose these around what is not tall."""
 _TRIES = 5_000
 """Draws in a row that may give nothing new before a level counts as used up."""
 _BUCKETS = 20
 """Of so many parts of all formulas one is for validation, one for the test, and the rest for training."""
-_NAME = re.compile(r"<(\+?)([a-z][a-z0 ]*)>")
+_TOKEN = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,17 +308,25 @@ class Formula:
 
 
 Part = tuple[str, int]
-"""What a rule is made of: a token and -1, or a name and by how much deeper it is drawn."""
+"""What a rule is made of: a token with `_TOKEN`, or a name with 1 where it is drawn one deeper, else 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """What a name can stand for at some level: all rules, and those that go no deeper."""
+    """What a name can stand for, each with its weight."""
 
-    all: list[list[Part]]
-    weights: list[int]
-    flat: list[list[Part]]
-    flat_weights: list[int]
+    parts: list[list[Part]] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+    def add(self, parts: list[Part], weight: float) -> None:
+        self.parts.append(parts)
+        self.weights.append(weight)
+
+    def draw(self, rng: random.Random) -> list[Part]:
+        return rng.choices(self.parts, self.weights)[0]
+
+
+_Grammar = dict[str, _Rules]
 
 
 def join_tokens(tokens: Iterable[str]) -> str:
@@ -354,32 +364,25 @@ def draw_formulas(count: int, level: LevelName, seed: int, side: Side | None = N
 def draw_formula(level: LevelName, rng: random.Random) -> Formula:
     """Draw one formula, of as many tokens as the level allows."""
     fewest, most = LEVELS[level].tokens
-    rules = _read_grammar(level)
     while True:
-        tokens = _draw(rules, level, rng, most)
-        if tokens is not None and fewest <= len(tokens):
+        tokens = _draw(*_read_grammar(level), LEVELS[level].depth, most, rng)
+        if len(tokens) in range(fewest, most + 1):
             tokens = _fit_brackets(tokens)
             return Formula(" ".join(tokens), tuple(tokens))
 
 
-def _draw(rules: dict[str, _Rules], level: LevelName, rng: random.Random, most: int) -> list[str] | None:
-    """The tokens of a formula; None where they get more than `most`."""
+def _draw(every: _Grammar, flat: _Grammar, depth: int, most: int, rng: random.Random) -> list[str]:
+    """The tokens of a formula; it breaks off where they get more than `most`."""
     tokens: list[str] = []
-    # what is still to be drawn, the next at the end: a token or name, and its depth
-    waiting: list[tuple[str, int]] = [("formula", LEVELS[level].depth)]
-    while waiting:
-        name, depth = waiting.pop()
-        if depth < 0:
-            tokens.append(name)
-            if len(tokens) > most:
-                return None
+    # what is still to be written, the next at the end: tokens, and names with the depth that is left to them
+    waiting: list[Part] = [("formula", depth)]
+    while waiting and len(tokens) <= most:
+        part, left = waiting.pop()
+        if left == _TOKEN:
+            tokens.append(part)
             continue
-        found = rules[name]
-        if depth:
-            chosen = rng.choices(found.all, found.weights)[0]
-        else:
-            chosen = rng.choices(found.flat, found.flat_weights)[0]
-        waiting += [(part, -1 if deeper < 0 else depth - deeper) for part, deeper in reversed(chosen)]
+        drawn = (every if left else flat)[part].draw(rng)
+        waiting += [(name, _TOKEN if deeper == _TOKEN else left - deeper) for name, deeper in reversed(drawn)]
     return tokens
 
 
@@ -399,44 +402,43 @@ def _fit_brackets(tokens: Sequence[str]) -> list[str]:
 
 
 @functools.cache
-def vocabulary(level: LevelName) -> tuple[str, ...]:
+def vocabulary(level: LevelName) -> list[str]:
     """All tokens that formulas of the level can have, sorted."""
-    rules = _read_grammar(level)
-    tokens = {part for found in rules.values() for rule in found.all for part, deeper in rule if deeper < 0}
+    every, _ = _read_grammar(level)
+    tokens = {name for rules in every.values() for parts in rules.parts for name, deeper in parts if deeper == _TOKEN}
     stretched = {token for token in tokens if token.startswith((r"\left", r"\right"))}
     plain = {token.removeprefix(r"\left") for token in stretched} & _STRETCHED.keys()
     if LEVELS[level].depth < 2:
         tokens -= stretched  # what is tall would be one part within another
-    return tuple(sorted(tokens | plain | {_STRETCHED[token] for token in plain}))
+    return sorted(tokens | plain | {_STRETCHED[token] for token in plain})
 
 
 @functools.cache
-def _read_grammar(level: LevelName) -> dict[str, _Rules]:
-    """The rules of a level under their names."""
-    grammar: dict[str, _Rules] = {}
+def _read_grammar(level: LevelName) -> tuple[_Grammar, _Grammar]:
+    """The rules of a level under their names: all of them, and those that go no deeper."""
+    every: _Grammar = {}
+    flat: _Grammar = {}
+    order: list[str] = [*LEVELS]
     for line in _GRAMMAR.strip().splitlines():
         if not line.startswith(" "):
-            rules = grammar[line] = _Rules([], [], [], [])
+            name = line
             continue
-        weight, easiest, right = line.split(maxsplit=2)
-        if LEVEL_NAMES.index(easiest) > LEVEL_NAMES.index(level):  # type: ignore[arg-type]
+        weight, easiest, text = line.split(maxsplit=2)
+        if order.index(easiest) > order.index(level):
             continue
-        rights = right.removeprefix("one of ").split() if right.startswith("one of ") else [right]
-        for text in rights:
-            parts = _read_rule(text)
-            # the weight is that of each symbol's line, so that long lists are no more frequent
-            share = int(weight) * 420 // len(rights)
-            rules.all.append(parts)
-            rules.weights.append(share)
+        texts = text.removeprefix("one of ").split() if text.startswith("one of ") else [text]
+        for parts in map(_read_parts, texts):
+            # the weight is that of the whole line
+            share = int(weight) / len(texts)
+            every.setdefault(name, _Rules()).add(parts, share)
             if all(deeper <= 0 for _, deeper in parts):
-                rules.flat.append(parts)
-                rules.flat_weights.append(share)
-    return {name: rules for name, rules in grammar.items() if rules.all}
+                flat.setdefault(name, _Rules()).add(parts, share)
+    return every, flat
 
 
-def _read_rule(text: str) -> list[Part]:
+def _read_parts(text: str) -> list[Part]:
     parts: list[Part] = []
     for piece in re.findall(r"<[^ <>][^<>]*>|[^ ]+", text):
-        found = _NAME.fullmatch(piece)
-        parts.append((found[2], len(found[1])) if found else (piece, -1))
+        found = re.fullmatch(r"<(\+?)([a-z0 ]+)>", piece)
+        parts.append((found[2], len(found[1])) if found else (piece, _TOKEN))
     return parts

@@ -45,6 +45,8 @@ class Symbol(NamedTuple):
 
 _LINE_POINTS = 24
 """Points along each side of a line (of a fraction, say), so that it can be bent."""
+_BAR = 6
+"""How many times as tall as wide a bar is at least."""
 _WAVES = 6
 _CLEAN = 0.4
 """Share of pictures on white paper without noise."""
@@ -122,10 +124,22 @@ def lay_out(formula: Formula, font: str) -> list[Symbol]:
     for glyph, x, y, scale in glyphs:
         vertices, codes = outlines[glyph]
         if len(vertices):  # a space has none
-            symbols.append(Symbol((vertices * scale + (x, y)) / em, codes, scale))
+            closing = np.flatnonzero(codes == Path.CLOSEPOLY)
+            points = vertices * scale
+            points[closing] = points[closing - 1]  # they stand at the origin, and have no meaning there
+            symbols.append(Symbol((_thin(points, scale) + np.array([x, y])) / em, codes, scale))
     for corners, _ in lines:
         symbols.append(_outline_line(np.array(corners[0]) / em, np.array(corners[2]) / em))
     return symbols
+
+
+def _thin(points: Points, scale: float) -> Points:
+    """A stretched bar as thin as a small one; mathtext makes it thicker in the same measure."""
+    (left, bottom), (right, top) = points.min(axis=0), points.max(axis=0)
+    if scale <= 1 or top - bottom < _BAR * (right - left):
+        return points
+    middle = (left + right) / 2
+    return np.column_stack([middle + (points[:, 0] - middle) / scale, points[:, 1]])
 
 
 def _write_display(formula: Formula) -> str:
@@ -133,8 +147,10 @@ def _write_display(formula: Formula) -> str:
     tokens, depth = list(formula.tokens), 0
     for at, token in enumerate(formula.tokens):
         depth += (token == "{") - (token == "}")
-        if token == r"\frac" and depth == 0:
-            tokens[at] = r"\dfrac"
+        if token == r"\frac":
+            # LaTeX keeps fractions apart that stand side by side
+            apart = r"\," if at and formula.tokens[at - 1] == "}" else ""
+            tokens[at] = apart + (token if depth else r"\dfrac")
     # with a space before ^ or _, mathtext sets the script on the line without a word
     return f"${join_tokens(tokens)}$"
 
@@ -201,10 +217,10 @@ def _draw(symbols: list[Symbol], size: float, bold: Points, rng: np.random.Gener
         size: pixels of an em.
         bold: width of the line around each symbol, in pixels.
     """
-    left, bottom, right, top = rng.uniform(0.15, 0.7, 4) * size
+    margins = rng.uniform(0.15, 0.7, (2, 2)) * size
     points = np.concatenate([symbol.points for symbol in symbols]) * size
-    low = points.min(axis=0) - (left, bottom)
-    width, height = np.ceil(points.max(axis=0) + (right, top) - low).astype(int)
+    low, high = points.min(axis=0) - margins[0], points.max(axis=0) + margins[1]
+    width, height = np.ceil(high - low).astype(int)
     renderer = RendererAgg(int(width), int(height), 72)
     context = GraphicsContextBase()
     context.set_snap(False)

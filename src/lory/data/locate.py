@@ -9,6 +9,7 @@ import importlib.resources
 import inspect
 import json
 import os
+import sys
 import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +25,7 @@ from lory.data.hub import guess_hub, looks_like_repo, open_hub
 from lory.data.identity import identity_conversations
 from lory.data.json_files import parse_lines
 from lory.data.registry import find, load_function, load_registry
-from lory.data.rows import DroppedRow, JoinedRows, MadeRows, Row, Rows
+from lory.data.rows import DroppedRow, JoinedRows, MadeRows, Row, Rows, combine_fingerprints
 from lory.data.sampling import SplitPart, parse_split
 from lory.data.source_config import BUNDLED, SourceConfig, is_function, is_there
 from lory.runtime import UsageError, hash_file
@@ -50,7 +51,13 @@ def resolve(config: SourceConfig) -> SourceConfig:
     """The config of a data set that the registry knows by name; what the source itself says comes over the entry."""
     if config.path in BUNDLED or is_there(config.path) or (entry := find(config.path)) is None:
         return config
-    own = {name: getattr(config, name) for name in config.model_fields_set - {"path", "source"}}
+    # by value, since the config in a run's folder has every field
+    own = {
+        name: value
+        for name, field in SourceConfig.model_fields.items()
+        if name not in ("path", "source")
+        and (value := getattr(config, name)) != field.get_default(call_default_factory=True)
+    }
     return build(SourceConfig, entry.source(config.source) | own, f"The data set '{config.path}'")
 
 
@@ -180,16 +187,20 @@ def _open_repo(config: SourceConfig, repo: str, split: str, folder: str | None =
 
 
 def _take_function(spec: str) -> tuple[Callable[[dict[str, Any]], Any], str]:
-    """The user's function, and the SHA-256 of the file that it is in."""
+    """The user's function, and the SHA-256 of the file that names it, with that of the file that it is in."""
     function = load_function(spec)
-    file = inspect.getsourcefile(function)
+    inner = inspect.unwrap(function)
+    files = {
+        sys.modules[spec.partition(":")[0]].__file__,
+        inspect.getsourcefile(inner) if inspect.isfunction(inner) else None,
+    }
     dropped = DroppedRow(f"left out by {spec}")
 
     def rewrite(record: dict[str, Any]) -> Any:
         result = function(record)
         return dropped if result is None else result
 
-    return rewrite, hash_file(Path(file)) if file else ""
+    return rewrite, combine_fingerprints(sorted(hash_file(Path(file)) for file in files if file))
 
 
 def _open_entry(config: SourceConfig, info: Path) -> Origin:

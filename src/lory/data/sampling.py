@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from lory.config import Section
 from lory.data.rows import Rows, SlicedRows
@@ -107,7 +107,21 @@ class Condition(Section):
             return {"null": False}
         if isinstance(value, str | int | float):
             return {"equals": value}
-        return {"one_of": value} if isinstance(value, list) else value
+        if isinstance(value, list):
+            return {"one_of": value}
+        if not isinstance(value, dict):
+            return value
+        # elsewhere null is what was not given, so asking for it has a field of its own
+        given = {name: item for name, item in value.items() if item is not None}
+        for name, null in (("equals", True), ("differs", False)):
+            if name in value and value[name] is None:
+                given["null"] = null
+        return given
+
+    @model_serializer(mode="wrap")
+    def _leave_out_nulls(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What is written down reads back as the same condition."""
+        return {name: value for name, value in dump(self).items() if value is not None}
 
     @model_validator(mode="after")
     def _check_something(self) -> Condition:

@@ -66,6 +66,7 @@ class Stream:
         self.lost: list[Counter[str]] = []
         self._owners: list[int] = []
         self._open: tuple[tuple[int, ...], Iterator[Conversation]] | None = None
+        self._last: tuple[tuple[int, ...], Window] | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def read(self, starts: tuple[int, ...] = ()) -> Window:
@@ -76,7 +77,9 @@ class Stream:
         Raises:
             UsageError: bad data; the sentence names file and line.
         """
-        starts = starts or (0,) * len(self.sources)
+        starts = tuple(starts) or (0,) * len(self.sources)
+        if self._last and self._last[0] == starts:
+            return self._last[1]
         if self._open is None or self._open[0] != starts:
             self._open = (starts, self._mix(starts))
         conversations = self._open[1]
@@ -86,8 +89,8 @@ class Stream:
             if samples.supervised.any() or len(store.first) < self.size:
                 break
         ends = tuple(reader.position for reader in self.readers)
-        self._open = (ends, conversations)
-        return Window(samples, ends)
+        self._open, self._last = (ends, conversations), (starts, Window(samples, ends))
+        return self._last[1]
 
     def _encode(self, conversations: Iterator[Conversation]) -> Store:
         # on Windows, files that are still mapped cannot be deleted; the system's own cleaning gets them

@@ -124,7 +124,8 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         """Whether there is no job."""
-        return not (self._waiting or self._reading or self._running)
+        with self._wake:
+            return not (self._waiting or self._reading or self._running)
 
     def submit(self, job: Job) -> None:
         """Take a job into the queue.
@@ -280,8 +281,10 @@ class Engine:
                 self.runner.read(prompt, budget)
             budget -= prompt.done - before
             if prompt.logits is not None:
-                self._reading = None
-                self._answer(job, prompt, scored)
+                going_on = self._answer(job, prompt, scored)
+                with self._wake:
+                    self._reading = None
+                    self._running += going_on
 
     def _begin(self) -> bool:
         """Begin with the next prompt, if there is one and a place for its answers."""
@@ -306,9 +309,10 @@ class Engine:
         following = prompt.ids[first + 1 : prompt.done + 1]
         scored += [score(own, token, job.logprobs or 0) for own, token in zip(logprobs, following, strict=False)]
 
-    def _answer(self, job: Job, prompt: Prompt, scored: list[ScoredToken]) -> None:
-        """The prompt is read: choose the first tokens."""
+    def _answer(self, job: Job, prompt: Prompt, scored: list[ScoredToken]) -> list[_Answer]:
+        """The prompt is read: choose the first tokens; the answers that go on, each with a row."""
         assert prompt.logits is not None
+        going_on = []
         if job.prompt_logprobs:
             job.deliver(PromptRead(tuple(scored)))
         for choice in range(job.choices):
@@ -320,9 +324,10 @@ class Engine:
                 self.metrics.first_token.observe(time.monotonic() - job.asked_at)
             if answer.take(answer.sampler.choose(prompt.logits), prompt.logits):
                 self.runner.join(prompt)
-                self._running.append(answer)
+                going_on.append(answer)
             else:
                 self._note(answer)
+        return going_on
 
     def _step(self) -> None:
         """Feed each answer's last token and choose the next."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -61,28 +61,18 @@ def train_step(
         draw: where the noise on the embeddings comes from, if there is to be any.
     """
     module: Objective = accelerator.unwrap_model(objective)
-    device = accelerator.device
-    totals = accelerator.reduce(_count(batches, device), "sum")
+    totals = accelerator.reduce(_count(batches, accelerator.device), "sum")
     # the weights of messages may add up to less than 1
     weight, supervised, tokens, documents, continued = torch.where(totals > 0, totals, 1.0).tolist()
     # data parallelism averages gradients over the ranks; the sum is what is wanted
     ranks, config = accelerator.num_processes, module.config
-    likelihood_factor, contrastive_factor = ranks / weight, config.contrastive.weight * ranks / documents
-    sequence_factor = config.unlikelihood.sequence * ranks / continued
-    sums = torch.zeros(5, dtype=torch.float64, device=device)
+    factors = _Factors(
+        likelihood=ranks / weight,
+        contrastive=config.contrastive.weight * ranks / documents,
+        sequence=config.unlikelihood.sequence * ranks / continued,
+    )
     with attention_for(module.model, batches[0]):
-        for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(objective):
-                terms: Terms = objective(batch.to(device), draw)
-                if batch.continues:
-                    loss = terms.loss * sequence_factor
-                else:
-                    loss = terms.loss * likelihood_factor + terms.contrastive * contrastive_factor
-                accelerator.backward(loss)
-            parts = [0.0 * terms.loss, terms.loss] if batch.continues else [terms.loss, 0.0 * terms.loss]
-            shown = [*parts, terms.correct, terms.unlikelihood, terms.contrastive]
-            sums += torch.stack([value.detach().double() for value in shown])
+        sums = _accumulate(objective, batches, factors, accelerator, draw)
     loss_sum, sequence, correct, unlikelihood, contrastive = accelerator.reduce(sums, "sum").tolist()
     grad_norm = _clip(objective, max_grad_norm)
     if torch.isfinite(torch.tensor([loss_sum, sequence, contrastive, grad_norm])).all():
@@ -102,6 +92,38 @@ def train_step(
         supervised_tokens=int(supervised) if totals[1] else 0,
         parts={name: value for name, value in found.items() if value is not None},
     )
+
+
+class _Factors(NamedTuple):
+    """What the sums of each loss are multiplied by."""
+
+    likelihood: float
+    contrastive: float
+    sequence: float
+
+
+def _accumulate(
+    objective: nn.Module,
+    batches: Sequence[Batch],
+    factors: _Factors,
+    accelerator: Accelerator,
+    draw: torch.Generator | None,
+) -> Tensor:
+    """Add up the gradients of this rank's micro-batches; (5) likelihood, continuations' loss and the other terms."""
+    sums = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
+    for number, batch in enumerate(batches):
+        last = number == len(batches) - 1
+        with contextlib.nullcontext() if last else accelerator.no_sync(objective):
+            terms: Terms = objective(batch.to(accelerator.device), draw)
+            if batch.continues:
+                loss = terms.loss * factors.sequence
+            else:
+                loss = terms.loss * factors.likelihood + terms.contrastive * factors.contrastive
+            accelerator.backward(loss)
+        parts = [0.0 * terms.loss, terms.loss] if batch.continues else [terms.loss, 0.0 * terms.loss]
+        shown = [*parts, terms.correct, terms.unlikelihood, terms.contrastive]
+        sums += torch.stack([value.detach().double() for value in shown])
+    return sums
 
 
 def _count(batches: Sequence[Batch], device: torch.device) -> Tensor:
