@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +15,27 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from lory.runtime import cache_folder
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 # Two threads on two cores collapse when anything else runs; one is steady
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def use_own_cache() -> None:
+    """A cache for these tests alone, but for the converted model, which takes long to make."""
+    models = cache_folder() / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    own = Path(tempfile.mkdtemp(prefix="lory-tests-"))
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    (own / "models").symlink_to(models.resolve())
+    os.environ["LORY_CACHE"] = str(own)
+
+
+use_own_cache()
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"

@@ -296,6 +296,7 @@ def follow(schema: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 def check_against(schema: dict[str, Any], value: Any, top: dict[str, Any], place: str = "") -> None:
     """Every key of a config is a described property of the schema, which knows no other."""
+    schema = follow(schema, top)
     options = [follow(option, top) for option in (schema, *schema.get("anyOf", []), *schema.get("oneOf", []))]
     if isinstance(value, dict):
         sections = [option for option in options if "properties" in option]

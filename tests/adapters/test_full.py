@@ -184,7 +184,7 @@ def test_gradients_are_those_of_transformers_own_loss(load_random: Load, name: s
     samples = make_samples(0)
     batch = collate(samples, padded=not packed)
     objective = Objective(model)
-    with attention_for(model, [batch]):
+    with attention_for(model, batch):
         objective(batch).loss.backward()
     for sample in samples:
         output = reference(torch.tensor([sample.input_ids]), labels=torch.tensor([sample.labels]), use_cache=False)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from lory.data import cache, workers
@@ -222,3 +225,35 @@ def test_processes_leave_ctrl_c_to_the_one_that_waits(encoder: Encoder) -> None:
         assert encoders.pool is not None
         assert encoders.pool.submit(signal.getsignal, signal.SIGINT).result() == signal.SIG_IGN
     assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+
+
+def test_a_source_without_a_sample_is_found_again(
+    tmp_path: Path, chat_tokenizer: ChatTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, short = write_sums(tmp_path / "sums.jsonl", 20), Encoder(*chat_tokenizer("chatml"), 8)
+    assert len(encode_source(source, short, True, 1)) == 0
+    monkeypatch.setattr(cache, "encode_all", lambda *_: pytest.fail("it was encoded again"))
+    assert len(encode_source(source, short, True, 1)) == 0
+
+
+def test_processes_end_with_the_one_that_started_them() -> None:
+    script = (
+        "import time\n"
+        "from lory.data.workers import _Encoders\n"
+        "encoders = _Encoders(None, 2)\n"
+        "for _ in range(2):\n"
+        "    encoders.submit([])\n"
+        "encoders.pool.submit(time.sleep, 0).result()\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        children = psutil.Process(process.pid).children()
+        process.kill()
+    assert children
+    _, alive = psutil.wait_procs(children, timeout=10)
+    for child in alive:
+        child.kill()
+    assert not alive

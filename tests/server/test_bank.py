@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from tests.conftest import make_llama
+from tests.server.conftest import make_adapter
 
 from lory.runtime import LoryError
 from lory.server.catalogue import Catalogue, open_catalogue
@@ -39,6 +44,26 @@ def test_the_models_own_forward_has_the_adapters_too(opened: tuple[Catalogue, Ru
         prompt = Prompt(list(range(30, 39)), number)
         logits = runner.read_with_logits(prompt, 100)
         torch.testing.assert_close(logits[-1], read(runner, number), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", [{"dtype": "bfloat16"}, {"quantize": "nf4"}, {"quantize": "int8"}], ids=str)
+def test_adapters_go_on_bases_of_few_bits(tmp_path: Path, how: dict[str, Any]) -> None:
+    if "quantize" in how:
+        pytest.importorskip("bitsandbytes")
+    make_llama(tmp_path / "base", hidden_size=64, intermediate_size=128, head_dim=16)
+    paths = {name: str(make_adapter(tmp_path / "base", tmp_path / name, seed)) for seed, name in enumerate("ab")}
+    _, runner = open_catalogue(str(tmp_path / "base"), paths, **how)
+    prompts = [Prompt(list(range(30, 40)), number) for number in (None, 0, 1)]
+    for prompt in prompts:
+        runner.read(prompt, 100)
+        runner.join(prompt)
+    together = runner.step([5, 5, 5])
+    for row, number in enumerate((None, 0, 1)):
+        alone = Prompt([*range(30, 40), 5], number)
+        runner.read(alone, 100)
+        assert alone.logits is not None
+        torch.testing.assert_close(together[row], alone.logits, rtol=0, atol=0.02 * float(alone.logits.abs().max()))
+    assert (together[0] - together[1]).abs().max() > 1
 
 
 def test_rows_of_a_layer_must_be_the_batchs(opened: tuple[Catalogue, Runner]) -> None:

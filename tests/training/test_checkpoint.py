@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from lory.models.resolve import list_checkpoints
 from lory.runtime import LoryError, UsageError
-from lory.training import checkpoint
+from lory.training import checkpoint, loop
 from lory.training.checkpoint import check_manifest, point_link
 from lory.training.loop import Loop
 from lory.training.run import train
@@ -229,7 +229,7 @@ def test_resuming_a_finished_run_changes_nothing(quick: dict[str, Any]) -> None:
 def set_eval_losses(monkeypatch: pytest.MonkeyPatch, losses: list[float]) -> None:
     """Let the next evaluations, that of step 0 included, give these losses."""
     given = iter(losses)
-    monkeypatch.setattr(Loop, "_evaluate_samples", lambda self, samples: torch.tensor([next(given), 0.0, 1.0]))
+    monkeypatch.setattr(loop, "evaluate_loss", lambda *_: torch.tensor([next(given), 0.0, 1.0]))
 
 
 def test_resuming_a_run_that_stopped_early_takes_no_further_step(

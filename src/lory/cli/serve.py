@@ -31,6 +31,9 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that may be asked for.")] = 4096,
     max_prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Longest prompt; else the context's.")] = None,
     max_seconds: Annotated[float, typer.Option(min=0.1, help="Longest time of one answer.")] = 600.0,
+    kept_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens of earlier conversations kept in memory for their next question.")
+    ] = 2048,
     grace_seconds: Annotated[float, typer.Option(min=0, help="Time for running answers when stopped.")] = 30.0,
     allow_adapter_changes: Annotated[
         list[Path] | None,
@@ -64,6 +67,7 @@ def serve(
         prompt_tokens=max_prompt_tokens,
         seconds=max_seconds,
         grace_seconds=grace_seconds,
+        kept_tokens=kept_tokens,
     )
     bits: Any = quantize.value if quantize else None
     folders = allow_adapter_changes or []

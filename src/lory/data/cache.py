@@ -43,7 +43,7 @@ def encode_source(config: SourceConfig, encoder: Encoder, use_cache: bool, worke
         return _encode_for_now(config, reader, encoder, workers)
     key = _find_key(config, reader, encoder)
     folder = cache_folder() / "data" / key
-    if store := _find_stored(folder, config):
+    if (store := _find_stored(folder, config)) is not None:
         return store
     if not _can_write(folder.parent):
         log.warning(
@@ -54,7 +54,7 @@ def encode_source(config: SourceConfig, encoder: Encoder, use_cache: bool, worke
         return _encode_for_now(config, reader, encoder, workers)
     # the processes of one run, and runs side by side, would all encode the same; a lock a key would leave many files
     with lock_file(cache_folder() / "locks" / f"data-{key[:2]}.lock", wait=True):
-        if store := _find_stored(folder, config):
+        if (store := _find_stored(folder, config)) is not None:
             return store
         shutil.rmtree(folder, ignore_errors=True)
         with _take_place(folder) as aside:

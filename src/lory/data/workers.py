@@ -5,9 +5,11 @@ from __future__ import annotations
 import collections
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
@@ -157,7 +159,15 @@ _kept: list[Encoder] = []
 def _keep(encoder: Encoder) -> None:
     # Ctrl-C reaches every process; the one that is waited for ends the others
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _kept[:] = [encoder]
+
+
+def _end_with_parent() -> None:
+    """Otherwise the processes of one that was killed would wait for work for ever, and hold its locks."""
+    if parent := multiprocessing.parent_process():
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _encode_kept(conversations: Sequence[Conversation]) -> _Result:

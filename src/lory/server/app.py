@@ -41,7 +41,7 @@ class Service:
     def __init__(self, catalogue: Catalogue, engine: Engine, adapter_folders: Sequence[Path] = ()) -> None:
         self.catalogue, self.engine = catalogue, engine
         self.adapter_folders = [folder.resolve() for folder in adapter_folders]
-        # one: a tokenizer is for one thread at a time, and long prompts must not stop the loop
+        # beside the loop, which long prompts must not stop; one thread, since a tokenizer is not for several
         self._reader = ThreadPoolExecutor(1, "lory-prompts")
 
     async def read(self, function: Callable[[], T]) -> T:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lory.adapters import kinds
+from lory.adapters.files import read_adapter_config
 from lory.adapters.prompt import is_soft_prompt
 from lory.assistant import check_device
 from lory.generate import GenerationOptions, default_options
@@ -35,7 +36,7 @@ class Served:
     name: str
     adapter: int | None
     tokenizer: PreTrainedTokenizerBase
-    """For prompts; the engine has its own, since a tokenizer is for one thread at a time."""
+    """For prompts and replies; the engine's thread has its own, so that neither waits for the other."""
     engine_tokenizer: PreTrainedTokenizerBase
     terminators: frozenset[int]
     options: GenerationOptions
@@ -59,7 +60,7 @@ class Catalogue:
         self, model: PreTrainedModel, resolved: Resolved, base: str, bank: AdapterBank | None, trust: bool = False
     ) -> None:
         self.model, self.bank = model, bank
-        self._trust, self._base_path = trust, resolved.base_path
+        self._trust, self._resolved = trust, resolved
         self._options = default_options(model)
         self._numbers = itertools.count()
         self._lock = threading.Lock()
@@ -86,7 +87,10 @@ class Catalogue:
             raise UsageError("This server was started without adapters, and takes none.")
         if not (folder / "adapter_config.json").exists():
             raise UsageError(f"{folder} has no adapter_config.json; it is not an adapter's folder.")
-        return read_adapter(self.model, folder), Resolved(name, self.base, self._base_path, folder)
+        adapter = read_adapter(self.model, folder)
+        if (made_on := read_adapter_config(folder).get("base_model_name_or_path")) != self._resolved.base:
+            log.warning("The adapter '%s' was made on '%s'; it fits '%s', too.", name, made_on, self._resolved.base)
+        return adapter, Resolved(name, self._resolved.base, self._resolved.base_path, folder)
 
     def next_number(self) -> int:
         """A number for an adapter in the bank."""
@@ -99,6 +103,8 @@ class Catalogue:
             UsageError: the name is taken, or the tokenizer does not fit the model.
         """
         prompts, engine = (load_tokenizer(resolved, self._trust) for _ in range(2))
+        # the first call takes back a cut or padding that was saved with it; later ones change nothing in it
+        prompts("")
         rows = self.model.get_input_embeddings().weight.shape[0]
         if len(prompts) > rows:
             raise UsageError(
@@ -165,13 +171,17 @@ def open_catalogue(
     runner.check()
     base = name or (model if not Path(model).exists() else Path(model).resolve().name)
     catalogue = Catalogue(loaded, resolved, base, bank, trust_remote_code)
-    for own, path in adapters.items():
+    if bank is not None:
+        _add_adapters(catalogue, bank, adapters)
+    return catalogue, runner
+
+
+def _add_adapters(catalogue: Catalogue, bank: AdapterBank, adapters: dict[str, str]) -> None:
+    for name, path in adapters.items():
         found = resolve(path).adapter
         if found is None:
             raise UsageError(f"'{path}' was given as an adapter, but is a whole model; serve it as MODEL.")
-        adapter, parts = catalogue.read(own, found)
+        adapter, parts = catalogue.read(name, found)
         number = catalogue.next_number()
-        if bank is not None:
-            bank.add(number, adapter)
-        catalogue.add(own, number, parts)
-    return catalogue, runner
+        bank.add(number, adapter)
+        catalogue.add(name, number, parts)

@@ -32,7 +32,7 @@ class Prompt:
         adapter: the number of its adapter in the bank.
         done: how many of the tokens are read.
         logits: (V,) fp32, of the token after the last; None before the end.
-        logprobs: (tokens, V) of each token after the next, only where they are asked for: the parts so far.
+        cache: what was read, as keys and values.
     """
 
     def __init__(self, ids: Sequence[int], adapter: int | None = None) -> None:
