@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from lory import __version__, cli, export
 from lory.assistant import load
-from lory.chat.terminal import _visible
+from lory.chat.terminal import visible
 from lory.config import build, parse_yaml
 from lory.runtime import lock_file
 from lory.training import demo
@@ -168,7 +168,7 @@ def test_train_chat_merge_and_chat_again(run: Path, tiny_model: Path, tmp_path: 
     question = "3 and 7?\n"
     answer = lory_process("chat", run, stdin=question)
     assert answer.code == 0
-    assert answer.out == _visible(load(run, device="cpu").chat(question.strip())) + "\n"
+    assert answer.out == visible(load(run, device="cpu").chat(question.strip())) + "\n"
     assert answer.out != lory("chat", tiny_model, stdin=question).out
     merged = lory("merge", run, tmp_path / "merged", "--json")
     assert merged.code == 0
@@ -182,7 +182,7 @@ def test_every_line_of_a_pipe_gets_an_answer(tiny_model: Path) -> None:
     assistant = load(tiny_model, device="cpu")
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     options = assistant.options.model_copy(update={"max_new_tokens": 5})
-    assert result.out == _visible(assistant.chat(messages, options)) + "\n"
+    assert result.out == visible(assistant.chat(messages, options)) + "\n"
     assert result.code == 0
 
 

@@ -18,6 +18,8 @@ from tests.server.conftest import Server
 
 from lory.cli import serve as command_line
 from lory.runtime import UsageError
+from lory.server.engine import Engine
+from lory.server.run import run_server
 
 Serve = Callable[..., contextlib.AbstractContextManager[Server]]
 PROGRAM = "import typer; from lory.cli.serve import serve; typer.run(serve)"
@@ -66,6 +68,15 @@ def test_a_second_signal_ends_it_at_once(serve: Serve) -> None:
         server.process.handle_exit(signal.SIGTERM, None)
         server.thread.join(5)
         assert not server.thread.is_alive()
+
+
+def test_an_address_in_use_is_told(serve: Serve) -> None:
+    with serve() as server:
+        port = int(server.url.rpartition(":")[2])
+        engine = Engine(server.engine.runner, server.engine.limits, server.engine.metrics)
+        with pytest.raises(UsageError, match=f"Could not listen on 127.0.0.1:{port}"):
+            run_server(server.process.config.loaded_app, engine, "127.0.0.1", port, lambda _: None)
+        assert httpx.get(f"{server.url}/health").status_code == 200
 
 
 def test_the_command_serves_and_stops(tiny_model: Path, tiny_adapter: Path) -> None:
