@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import pytest
 
 from lory.chat.session import Session
-from lory.generate import GenerationOptions
+from lory.generate import Ending, GenerationOptions
 from lory.runtime import LoryError, UsageError
 
 
@@ -23,7 +23,12 @@ class FakeAssistant:
         self.asked: list[tuple[list[Mapping[str, str]], GenerationOptions | None]] = []
         self.closed = False
 
-    def stream(self, messages: Sequence[Mapping[str, str]], options: GenerationOptions | None = None) -> Iterator[str]:
+    def stream(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        options: GenerationOptions | None = None,
+        ending: Ending | None = None,
+    ) -> Iterator[str]:
         self.asked.append((list(messages), options))
         try:
             yield from self.pieces

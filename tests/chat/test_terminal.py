@@ -18,19 +18,19 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 from lory.chat import terminal
-from lory.generate import GenerationOptions
+from lory.generate import Ending, GenerationOptions
 from lory.runtime import LoryError
 
 PROGRAM = """
 import time
 from lory.chat.terminal import run_chat
-from lory.generate import GenerationOptions
+from lory.generate import Ending, GenerationOptions
 
 class Polly:
     name = "Polly"
     options = GenerationOptions()
 
-    def stream(self, messages, options=None):
+    def stream(self, messages, options=None, ending=None):
         question = messages[-1]["content"]
         if question != "slow":
             yield from ["You said ", question, "."]
@@ -52,7 +52,12 @@ class Echo:
     name = "echo"
     options = GenerationOptions()
 
-    def stream(self, messages: Sequence[Mapping[str, str]], options: GenerationOptions | None = None) -> Iterator[str]:
+    def stream(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        options: GenerationOptions | None = None,
+        ending: Ending | None = None,
+    ) -> Iterator[str]:
         if messages[-1]["content"] == "fail":
             yield "Well"
             raise LoryError("The device is\nout of memory.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from lory import __version__
 from lory.runtime import UsageError, log
 from lory.server.catalogue import Catalogue, Served
 from lory.server.engine import Engine
@@ -114,7 +114,7 @@ def build_app(service: Service, key: str = "", hosts: Collection[str] | None = N
         hosts: names that requests may call the server by; None: any.
     """
     # no docs pages: theirs load scripts from elsewhere
-    app = FastAPI(title="lory", version=__version__, docs_url=None, redoc_url=None, responses=_ERRORS)
+    app = FastAPI(title="lory", version=version("lory-llm"), docs_url=None, redoc_url=None, responses=_ERRORS)
     _add_handlers(app)
     _add_paths(app, service)
     if service.adapter_folders:
