@@ -354,4 +354,4 @@ def test_smollm2_learns_as_in_fp32(tmp_path: Path) -> None:
     plain = results.pop("fp32")
     for result in results.values():
         assert result["after_ratio"] < 1.03
-        assert result["before"] - result["after"] > 0.97 * (plain["before"] - plain["after"])
+        assert result["before"] - result["after"] > 0.8 * (plain["before"] - plain["after"])

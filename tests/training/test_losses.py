@@ -85,13 +85,13 @@ def literal(model: PreTrainedModel, samples: list[Sample], config: LossConfig) -
             if sample.labels[place] == IGNORE:
                 continue
             target, scores = sample.labels[place], log_probs[place - 1]
-            total -= float(scores[target])
+            total -= scores[target].item()
             candidates = set(sample.input_ids[:place]) - {target}
-            total -= config.unlikelihood.token * sum(float(torch.log1p(-scores[c].exp())) for c in candidates)
+            total -= config.unlikelihood.token * sum(torch.log1p(-scores[c].exp()).item() for c in candidates)
             learnt += 1
         states = F.normalize(output.hidden_states[-1][0], dim=-1)
         cosines = (states @ states.T)[~torch.eye(len(states), dtype=torch.bool)]
-        contrastive += float((cosines - 1 + config.contrastive.margin).clamp(min=0).mean())
+        contrastive += (cosines - 1 + config.contrastive.margin).clamp(min=0).mean().item()
     return total / learnt + config.contrastive.weight * contrastive / len(samples)
 
 

@@ -136,8 +136,8 @@ class _Painters:
     def __enter__(self) -> _Painters:
         if self.count > 1:
             # a copy of this process is there at once, where the system has such a thing
-            context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-            self.pool = ProcessPoolExecutor(self.count, mp_context=context)
+            # a copy of this process would share the places in its open font files, and read glyphs from elsewhere
+            self.pool = ProcessPoolExecutor(self.count, mp_context=multiprocessing.get_context("spawn"))
         return self
 
     def __exit__(self, *_: object) -> None:
