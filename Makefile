@@ -29,7 +29,7 @@ bench: $(VENV)/.dev $(PEERS)/.done
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.data --trl $(PEERS)/bin/python
-	$(BIN)/python -m benchmarks.fold
+	$(BIN)/python -m benchmarks.fold --steps 4
 	$(BIN)/python -m benchmarks.quantized
 	$(BIN)/python -m benchmarks.guard
 
