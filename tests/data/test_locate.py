@@ -171,6 +171,16 @@ def test_a_function_of_the_users_own_reads_records() -> None:
     assert "own_reader.py has no function 'raed'; did you mean 'read'?" in error_of("a.jsonl", format="own_reader:raed")
 
 
+def test_a_function_that_fails_is_told_with_the_place_or_counted() -> None:
+    write("own_failing.py", "def read(record):\n    return {'messages': record['m']}\n")
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    write("a.jsonl", dump_lines([{"m": chat}, {"n": chat}]))
+    sentence = "a.jsonl line 2 made own_failing:read fail (KeyError: 'm')"
+    assert sentence in error_of("a.jsonl", format="own_failing:read")
+    source = read("a.jsonl", format="own_failing:read", on_bad="drop")
+    assert (len(source.conversations), sum(source.dropped.values())) == (1, 1)
+
+
 def test_what_reads_records_may_be_any_callable_and_counts_by_its_file() -> None:
     write(
         "callable_reader.py",

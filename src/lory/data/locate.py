@@ -25,7 +25,7 @@ from lory.data.hub import guess_hub, looks_like_repo, open_hub
 from lory.data.identity import identity_conversations
 from lory.data.json_files import parse_lines
 from lory.data.registry import find, load_function, load_registry
-from lory.data.rows import DroppedRow, JoinedRows, MadeRows, Row, Rows, combine_fingerprints
+from lory.data.rows import BadRow, DroppedRow, JoinedRows, MadeRows, Row, Rows, combine_fingerprints
 from lory.data.sampling import SplitPart, parse_split
 from lory.data.source_config import BUNDLED, SourceConfig, is_function, is_there
 from lory.runtime import UsageError, hash_file
@@ -197,7 +197,10 @@ def _take_function(spec: str) -> tuple[Callable[[dict[str, Any]], Any], str]:
     dropped = DroppedRow(f"left out by {spec}")
 
     def rewrite(record: dict[str, Any]) -> Any:
-        result = function(record)
+        try:
+            result = function(record)
+        except Exception as error:  # noqa: BLE001 - a user's own code may raise whatever it likes
+            return BadRow(f"made {spec} fail ({type(error).__name__}: {error})")
         return dropped if result is None else result
 
     return rewrite, combine_fingerprints(sorted(hash_file(Path(file)) for file in files if file))
