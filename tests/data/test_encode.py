@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -423,3 +424,10 @@ def test_a_long_text_is_an_error_where_on_long_is_error(chat_tokenizer: ChatToke
 def test_a_text_of_nothing_but_an_end_is_counted(chat_tokenizer: ChatTokenizer) -> None:
     encoder = Encoder(*chat_tokenizer("smollm2"), 64)
     assert encoder.encode(Conversation(text="<|im_end|>")) == Encoded((), "nothing to learn")
+
+
+def test_a_slow_tokenizer_cannot_cut_prompts() -> None:
+    slow: Any = SimpleNamespace(is_fast=False, name_or_path="old-model")
+    with pytest.raises(UsageError, match="tokenizer of old-model is a slow one"):
+        Encoder(slow, [2], 64, "cut_prompt")
+    Encoder(slow, [2], 64, "drop")
