@@ -42,8 +42,8 @@ class Encoder:
     ) -> None:
         if on_long == "cut_prompt" and not tokenizer.is_fast:
             raise UsageError(
-                f"data.on_long is cut_prompt, but the tokenizer of {tokenizer.name_or_path} is a slow one, which does not "
-                "say where in a text its tokens are; set it to drop or error."
+                f"data.on_long is cut_prompt, but the tokenizer of {tokenizer.name_or_path} is a slow one, which "
+                "does not say where in a text its tokens are; set it to drop or error."
             )
         self.tokenizer, self.terminators = tokenizer, tuple(terminators)
         self.max_tokens, self.on_long, self.loss_on = max_tokens, on_long, loss_on
