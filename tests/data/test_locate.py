@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from tests.data.reading import dump_lines, error_of, exchange, read, write
 
-from lory.config import build
 from lory.data import locate
-from lory.data.sources import SourceConfig, SourceData, read_source
-from lory.runtime import UsageError
-from lory.types import Conversation, Message
+from lory.data.sources import SourceConfig, read_source
+from lory.types import Conversation
 
 RECORDS = [
     {"instruction": "Say hi", "input": "", "output": "Hi!"},
@@ -28,34 +26,11 @@ def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def exchange(question: str, answer: str) -> Conversation:
-    return Conversation((Message("user", question), Message("assistant", answer)))
-
-
 CONVERSATIONS = [
     exchange("Say hi", "Hi!"),
     exchange("翻译\ngood morning", "早上好 🌅"),
     exchange("Count\nto 3", "1\t2\t3"),
 ]
-
-
-def dump_lines(records: list[Any]) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def write(name: str, content: str | bytes) -> str:
-    Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
-    return name
-
-
-def read(path: str, **fields: Any) -> SourceData:
-    return read_source(build(SourceConfig, {"path": path, **fields}, "test"))
-
-
-def error_of(path: str, **fields: Any) -> str:
-    with pytest.raises(UsageError) as caught:
-        read(path, **fields)
-    return str(caught.value)
 
 
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

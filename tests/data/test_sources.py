@@ -13,15 +13,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.data.reading import dump_lines, error_of, exchange, read, write
 
 from lory.config import Section, build
 from lory.data.sources import (
     SourceConfig,
-    SourceData,
     SourceReader,
     explain_source,
     open_source,
-    read_source,
 )
 from lory.runtime import UsageError
 from lory.types import Conversation, Message
@@ -38,10 +37,6 @@ def _in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def exchange(question: str, answer: str) -> Conversation:
-    return Conversation((Message("user", question), Message("assistant", answer)))
-
-
 CONVERSATIONS = [
     exchange('Say hi,\n"politely"', "Hi!"),
     exchange("翻译\ngood morning", "早上好 🌅"),
@@ -49,30 +44,11 @@ CONVERSATIONS = [
 ]
 
 
-def dump_lines(records: list[Any], end: str = "\n") -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + end for record in records)
-
-
 def write_table(path: str, delimiter: str, encoding: str = "utf-8") -> None:
     with open(path, "w", encoding=encoding, newline="") as file:
         writer = csv.DictWriter(file, list(RECORDS[0]), delimiter=delimiter)  # ends lines with CRLF
         writer.writeheader()
         writer.writerows(RECORDS)
-
-
-def write(name: str, content: str | bytes) -> str:
-    Path(name).write_bytes(content.encode() if isinstance(content, str) else content)
-    return name
-
-
-def read(path: str, **fields: Any) -> SourceData:
-    return read_source(build(SourceConfig, {"path": path, **fields}, "test"))
-
-
-def error_of(path: str, **fields: Any) -> str:
-    with pytest.raises(UsageError) as caught:
-        read(path, **fields)
-    return str(caught.value)
 
 
 WRITERS: dict[str, Callable[[], object]] = {

@@ -350,8 +350,8 @@ def step(model: Any, optimizer: torch.optim.Optimizer, ids: Tensor) -> float:
 def test_smollm2_learns_as_in_fp32(tmp_path: Path) -> None:
     from benchmarks.quantized import run
 
-    results = run(["fp32", "nf4"], steps=6, folder=tmp_path)["kinds"]
+    results = run(["fp32", *KINDS], steps=15, folder=tmp_path)["kinds"]
     plain = results.pop("fp32")
     for result in results.values():
         assert result["after_ratio"] < 1.03
-        assert result["before"] - result["after"] > 0.8 * (plain["before"] - plain["after"])
+        assert result["before"] - result["after"] > 0.9 * (plain["before"] - plain["after"])

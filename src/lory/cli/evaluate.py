@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lory.cli.options import Bits, Dtype, Json, Model, print_json
+from lory.cli.options import BaseDtype, Device, Json, Model, Quantize, TrustRemoteCode, print_json
 from lory.runtime import UsageError, log, write_json
 
 if TYPE_CHECKING:
@@ -60,12 +60,10 @@ def eval(
         Path | None, typer.Option(help="Review queue, FILE.jsonl, to put parroted and empty answers into.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="New folder for scores and predictions.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Precision of the base weights.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where it runs, as in cpu or cuda:0.")] = None,
-    quantize: Annotated[Bits | None, typer.Option(help="Hold the base in few bits.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    dtype: BaseDtype = None,
+    device: Device = None,
+    quantize: Quantize = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Measure loss, perplexity and accuracy on data, and how the model's own answers compare with the targets."""

@@ -44,6 +44,14 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+BaseDtype = Annotated[Dtype | None, typer.Option(help="Precision of the base weights.")]
+Device = Annotated[str | None, typer.Option(help="Where it runs, as in cpu or cuda:0.")]
+Quantize = Annotated[Bits | None, typer.Option(help="Hold the base in few bits.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
+]
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(value, ensure_ascii=False))
 

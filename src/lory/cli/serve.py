@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lory.cli.options import Bits, Dtype, Model
+from lory.cli.options import BaseDtype, Device, Model, Quantize, TrustRemoteCode
 from lory.runtime import UsageError
 
 
@@ -39,12 +39,10 @@ def serve(
         list[Path] | None,
         typer.Option(help="Let clients add adapters from below this folder, and remove any.", metavar="FOLDER"),
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Precision of the base weights.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where it runs, as in cpu or cuda:0.")] = None,
-    quantize: Annotated[Bits | None, typer.Option(help="Hold the base in few bits.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    dtype: BaseDtype = None,
+    device: Device = None,
+    quantize: Quantize = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve a model, and adapters on it, to clients of OpenAI's API."""
     adapters = _parse_adapters(adapter or [])

@@ -6,18 +6,16 @@ from typing import Annotated, Any
 
 import typer
 
-from lory.cli.options import Bits, Dtype, Model
+from lory.cli.options import BaseDtype, Device, Model, Quantize, TrustRemoteCode
 
 
 def chat(
     model: Model,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Precision of the base weights.")] = None,
-    device: Annotated[str | None, typer.Option(help="Where it runs, as in cpu or cuda:0.")] = None,
-    quantize: Annotated[Bits | None, typer.Option(help="Hold the base in few bits.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    dtype: BaseDtype = None,
+    device: Device = None,
+    quantize: Quantize = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a model in the terminal; :help lists the commands there."""
     from lory.assistant import load

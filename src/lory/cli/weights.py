@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lory.cli.options import Dtype, Json, Model, SumMode, print_json, progress_bar
+from lory.cli.options import Dtype, Json, Model, SumMode, TrustRemoteCode, print_json, progress_bar
 
 
 def merge(
@@ -16,9 +16,7 @@ def merge(
     dtype: Annotated[Dtype | None, typer.Option(help="Precision of the merged weights; by default the base's.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, as in 5GB or 500MB.")] = "5GB",
     device: Annotated[str, typer.Option(help="Where the products are computed.")] = "cpu",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base model, and check that the result answers alike."""
@@ -71,9 +69,7 @@ def convert(
     even: Annotated[bool, typer.Option("--even", help="Give all layers the same rank and alpha.")] = False,
     fp32: Annotated[bool, typer.Option("--fp32", help="Store a model's weights as fp32.")] = False,
     max_shard_size: Annotated[str | None, typer.Option(help="Largest file of a model, as in 5GB.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
 ) -> None:
     """Convert adapters between loralib and PEFT, add them up, and turn training checkpoints into folders."""
