@@ -53,7 +53,7 @@ class Peer:
 
     def answer(self, batch: int, tokens: int) -> dict[str, Any]:
         """The seconds that `batch` answers of `tokens` tokens take, the prompts' included, and the answers."""
-        from lory.data.templates import render_prompt
+        from lory.data.encoding.templates import render_prompt
         from lory.types import Message
 
         questions = [QUESTIONS[i % len(QUESTIONS)] for i in range(batch)]

@@ -133,7 +133,7 @@ def run_transformers() -> None:
     """Answer the first question for each number of tokens on standard input, and print tokens per second."""
     import torch
 
-    from lory.data.templates import render_prompt
+    from lory.data.encoding.templates import render_prompt
     from lory.models.load import load_model, load_tokenizer
     from lory.models.resolve import resolve
     from lory.types import Message

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lory
 from lory.assistant import Assistant, load, parse_messages
-from lory.data.encode import Encoder
+from lory.data.encoding.encode import Encoder
 from lory.generate import GenerationOptions
 from lory.runtime import UsageError
 from lory.types import Conversation, Message

@@ -18,8 +18,8 @@ import torch
 from lory.adapters import prompt
 from lory.adapters.encoders import PromptConfig
 from lory.assistant import Assistant, load
-from lory.data.encode import Encoder
-from lory.data.source_config import SourceConfig
+from lory.data.encoding.encode import Encoder
+from lory.data.sources.config import SourceConfig
 from lory.evaluate.answers import Prediction
 from lory.evaluate.page import draw_page
 from lory.evaluate.prediction import Predictor

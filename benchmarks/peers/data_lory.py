@@ -10,8 +10,8 @@ import time
 import psutil
 from transformers import AutoTokenizer
 
-from lory.data.dataset import DataConfig, build_dataset
-from lory.data.packing import pack
+from lory.data.mixture.dataset import DataConfig, build_dataset
+from lory.data.mixture.packing import pack
 
 file, model, workers, scratch = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(model)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from lory.adapters import kinds
-from lory.data.named_templates import add_answer_end
-from lory.data.templates import render_prompt
+from lory.data.encoding.named_templates import add_answer_end
+from lory.data.encoding.templates import render_prompt
 from lory.generate import Ending, GenerationOptions, decode_text, default_options, generate_ids, stream_text
 from lory.models.lean import prepare_for_decoding
 from lory.models.load import DtypeName, default_device, load_config, load_model, load_tokenizer, terminators

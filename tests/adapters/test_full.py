@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lory.adapters.full import FreezeConfig, FullConfig, attach, load_weights, save
 from lory.config import build
-from lory.data.collate import collate
+from lory.data.mixture.collate import collate
 from lory.models.load import load_model
 from lory.models.resolve import resolve
 from lory.runtime import UsageError

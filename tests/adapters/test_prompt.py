@@ -25,7 +25,7 @@ from lory.adapters.prompt import (
     virtual_length,
 )
 from lory.adapters.virtual_tokens import Leading, find_leading, virtual_ids
-from lory.data.collate import Batch, collate
+from lory.data.mixture.collate import Batch, collate
 from lory.models.attention import documents_apart, keeps_documents_apart
 from lory.runtime import UsageError, read_json
 from lory.training.step import Objective

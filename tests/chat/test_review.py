@@ -16,8 +16,8 @@ import pytest
 
 from lory.chat import review
 from lory.chat.review import ReviewItem, decide, enqueue, export_answers, export_preferences, pending, read_queue
-from lory.data.source_config import SourceConfig
-from lory.data.sources import read_source
+from lory.data.sources.config import SourceConfig
+from lory.data.sources.read import read_source
 from lory.runtime import UsageError, lock_file
 
 

@@ -13,9 +13,9 @@ from tests.data.chat_api import serve
 from typer.testing import CliRunner
 
 from lory.cli import build_app
-from lory.data.formats import FORMATS
-from lory.data.identity import identity_conversations
-from lory.data.sources import SourceConfig, read_source
+from lory.data.making.identity import identity_conversations
+from lory.data.records.formats import FORMATS
+from lory.data.sources.read import SourceConfig, read_source
 from lory.runtime import UsageError
 
 Run = Callable[..., str]

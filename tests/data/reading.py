@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lory.config import build
-from lory.data.sources import SourceConfig, SourceData, read_source
+from lory.data.sources.read import SourceConfig, SourceData, read_source
 from lory.runtime import UsageError
 from lory.types import Conversation, Message
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lory.data.encode import Encoder
-from lory.data.named_templates import (
+from lory.data.encoding.encode import Encoder
+from lory.data.encoding.named_templates import (
     add_answer_end,
     answer_end,
     choose_template,
@@ -20,7 +20,7 @@ from lory.data.named_templates import (
     list_templates,
     set_template,
 )
-from lory.data.templates import render_prompt, render_text, render_turn
+from lory.data.encoding.templates import render_prompt, render_text, render_turn
 from lory.runtime import UsageError
 from lory.types import Conversation, Message
 

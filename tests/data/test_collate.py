@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from lory.data.collate import collate
+from lory.data.mixture.collate import collate
 from lory.types import IGNORE, Sample
 
 SAMPLES = [

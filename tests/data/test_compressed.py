@@ -12,8 +12,8 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from lory.data import compressed
-from lory.data.compressed import DataFile
+from lory.data.sources import compressed
+from lory.data.sources.compressed import DataFile
 from lory.runtime import UsageError
 
 TEXT = "".join(f'{{"text": "line {n} 你好"}}\n' for n in range(500))

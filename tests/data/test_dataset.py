@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lory.config import build
-from lory.data.dataset import DataConfig, Dataset, build_dataset
+from lory.data.mixture.dataset import DataConfig, Dataset, build_dataset
 from lory.runtime import UsageError
 from lory.types import IGNORE, Sample
 
@@ -358,7 +358,7 @@ def test_the_first_window_is_encoded_once(make: Make, monkeypatch: pytest.Monkey
     dataset = make(["a.jsonl"], streaming=True, window_samples=4)
     assert dataset.stream is not None
     with monkeypatch.context() as patched:
-        patched.setattr("lory.data.stream.encode_all", lambda *_: pytest.fail("it was encoded again"))
+        patched.setattr("lory.data.mixture.stream.encode_all", lambda *_: pytest.fail("it was encoded again"))
         first = dataset.stream.read()
         assert list(first.samples) == list(dataset.train)
     assert [len(dataset.stream.read(starts).samples) for starts in ((4,), (8,), (), (4,))] == [4, 1, 4, 4]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tests.data.web import Site, serve
 
-from lory.data.download import download, is_url
-from lory.data.sources import SourceConfig, read_source
+from lory.data.sources.download import download, is_url
+from lory.data.sources.read import SourceConfig, read_source
 from lory.runtime import LoryError, UsageError
 
 CONTENT = b"".join(b'{"text": "line %d"}\n' % n for n in range(5000))

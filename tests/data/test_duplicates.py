@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lory.data.duplicates import find_first, find_near_duplicates
+from lory.data.mixture.duplicates import find_first, find_near_duplicates
 
 
 @pytest.mark.parametrize("seed", range(5))

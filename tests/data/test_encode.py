@@ -15,10 +15,10 @@ import pytest
 
 import lory
 from lory.assistant import Assistant
-from lory.data.encode import Encoder, OnLong
-from lory.data.sources import SourceConfig, read_source
-from lory.data.store import Encoded
-from lory.data.templates import render_prompt, render_turn, tokenize
+from lory.data.encoding.encode import Encoder, OnLong
+from lory.data.encoding.store import Encoded
+from lory.data.encoding.templates import render_prompt, render_turn, tokenize
+from lory.data.sources.read import SourceConfig, read_source
 from lory.runtime import UsageError
 from lory.types import IGNORE, Conversation, Message, Sample
 

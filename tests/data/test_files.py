@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lory.data.files import open_files
+from lory.data.sources.files import open_files
 from lory.runtime import UsageError
 
 

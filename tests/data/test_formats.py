@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lory.data.formats import FORMATS, Dropped, convert, explain, recognise
+from lory.data.records.formats import FORMATS, Dropped, convert, explain, recognise
 from lory.runtime import UsageError
 from lory.types import Conversation, Message
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lory.data.formats import FORMATS, Dropped, convert, explain, recognise
-from lory.data.records import ReadOptions
+from lory.data.records.fields import ReadOptions
+from lory.data.records.formats import FORMATS, Dropped, convert, explain, recognise
 from lory.runtime import UsageError
 from lory.types import Conversation
 

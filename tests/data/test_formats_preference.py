@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from lory.data.formats import Dropped, convert, explain, recognise
-from lory.data.records import ReadOptions
+from lory.data.records.fields import ReadOptions
+from lory.data.records.formats import Dropped, convert, explain, recognise
 from lory.runtime import UsageError
 from lory.types import Conversation, Media, Message
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lory.data.formats import Dropped, convert, explain
+from lory.data.records.formats import Dropped, convert, explain
 from lory.runtime import UsageError
 from lory.types import Conversation, Message, ToolCall
 

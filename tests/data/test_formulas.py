@@ -17,11 +17,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lory.cli.formulas import formulas as command
-from lory.data import formulas as module
-from lory.data.formula_grammar import LEVELS, SIDES, Formula, LevelName, draw_formulas, join_tokens, vocabulary
-from lory.data.formula_images import FONTS, STYLES, Style, lay_out, render
-from lory.data.formulas import Recipe, count_sides, write_formulas
-from lory.data.sources import SourceConfig, read_source
+from lory.data.making import formulas as module
+from lory.data.making.formula_grammar import LEVELS, SIDES, Formula, LevelName, draw_formulas, join_tokens, vocabulary
+from lory.data.making.formula_images import FONTS, STYLES, Style, lay_out, render
+from lory.data.making.formulas import Recipe, count_sides, write_formulas
+from lory.data.sources.read import SourceConfig, read_source
 from lory.runtime import UsageError
 
 LEVEL_NAMES: list[LevelName] = list(LEVELS)
@@ -99,7 +99,7 @@ def test_a_side_is_a_property_of_the_formula() -> None:
 
 
 def test_a_level_that_is_used_up_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lory.data import formula_grammar
+    from lory.data.making import formula_grammar
 
     monkeypatch.setattr(formula_grammar, "_GRAMMAR", "formula\n  1 easy x = one\n  1 easy y = x + 1\n")
     monkeypatch.setitem(LEVELS, "easy", formula_grammar.Level(depth=0, tokens=(3, 5)))

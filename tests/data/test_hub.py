@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from tests.data.web import Answer, Site, serve
 
-from lory.data.hub import guess_hub, looks_like_repo
-from lory.data.sources import SourceConfig, open_source, read_source
+from lory.data.sources.hub import guess_hub, looks_like_repo
+from lory.data.sources.read import SourceConfig, open_source, read_source
 from lory.runtime import LoryError, UsageError
 
 pytest.importorskip("datasets")
@@ -200,7 +200,7 @@ def test_offline_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 COMMIT = "a" * 40
 PROGRAM = """
 import json, sys
-from lory.data.sources import SourceConfig, read_source
+from lory.data.sources.read import SourceConfig, read_source
 from lory.runtime import UsageError
 for fields in json.loads(sys.argv[1]):
     try:

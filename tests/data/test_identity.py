@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 from benchmarks.identity import QUESTIONS
 
-from lory.data.identity import TWICE_ANSWERED, _read, identity_conversations
+from lory.data.making.identity import TWICE_ANSWERED, _read, identity_conversations
 from lory.runtime import UsageError
 from lory.types import Conversation
 

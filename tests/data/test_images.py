@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from tests.data.web import Site, serve
 
-from lory.data.images import ImageLimits, fit_size, is_public, open_image, shrink_image
+from lory.data.vision.images import ImageLimits, fit_size, is_public, open_image, shrink_image
 from lory.runtime import UsageError
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)

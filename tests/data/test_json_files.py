@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from lory.data import json_files
-from lory.data.compressed import DataFile
-from lory.data.json_files import count_lines, read_json, read_jsonl
+from lory.data.sources import json_files
+from lory.data.sources.compressed import DataFile
+from lory.data.sources.json_files import count_lines, read_json, read_jsonl
 from lory.runtime import UsageError
 
 RECORDS: list[Any] = [

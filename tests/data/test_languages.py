@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lory.data.languages import CODES, OTHER, guess_language
+from lory.data.looking.languages import CODES, OTHER, guess_language
 
 CAT = {
     "en": "The cat sat on the mat, and it was warm.",

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from tests.data.reading import dump_lines, error_of, exchange, read, write
 
-from lory.data import locate
-from lory.data.sources import SourceConfig, read_source
+from lory.data.sources import locate
+from lory.data.sources.read import SourceConfig, read_source
 from lory.types import Conversation
 
 RECORDS = [

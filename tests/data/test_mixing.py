@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lory.data.mixing import mix
+from lory.data.mixture.mixing import mix
 
 PARTS = [np.arange(100), np.arange(50, 90), np.arange(10)]
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from lory.data.novelty import NoveltyIndex, _shingle
+from lory.data.making.novelty import NoveltyIndex, _shingle
 
 WORDS = ["a", "the", "cat", "dog", "bird", "eats", "sees", "likes", "red", "green", "fish", "bread"]
 

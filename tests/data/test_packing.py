@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from lory.data.packing import efficiency, pack
+from lory.data.mixture.packing import efficiency, pack
 
 
 def pack_slowly(lengths: list[int], capacity: int) -> list[list[int]]:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from lory.data.formats import FORMATS, convert, recognise
-from lory.data.registry import ENVIRONMENT, describe_registry, find, load_function, load_registry
-from lory.data.source_config import SourceConfig
+from lory.data.records.formats import FORMATS, convert, recognise
+from lory.data.sources.config import SourceConfig
+from lory.data.sources.registry import ENVIRONMENT, describe_registry, find, load_function, load_registry
 from lory.runtime import UsageError
 
 MINE = "mine:\n  description: My records\n  path: records.jsonl\n"

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from lory.config import Section, build
-from lory.data.rows import MadeRows, Rows
-from lory.data.sampling import Condition, draw, parse_split, passes
+from lory.data.sources.rows import MadeRows, Rows
+from lory.data.sources.sampling import Condition, draw, parse_split, passes
 from lory.runtime import UsageError
 
 

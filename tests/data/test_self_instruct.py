@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from tests.data.chat_api import ChatApi, completion, is_prompt, serve, shown_examples, write_instruction, write_reply
 
-from lory.data.completions import Api, read_completion
-from lory.data.self_instruct import Recipe, Tally, generate, parse_instructions, read_seeds
-from lory.data.sources import SourceConfig, read_source
+from lory.data.making.completions import Api, read_completion
+from lory.data.making.self_instruct import Recipe, Tally, generate, parse_instructions, read_seeds
+from lory.data.sources.read import SourceConfig, read_source
 from lory.runtime import LoryError, UsageError
 
 pytest.importorskip("openai")

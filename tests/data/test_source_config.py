@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lory.config import Section, build
-from lory.data.source_config import SourceConfig
+from lory.data.sources.config import SourceConfig
 from lory.runtime import UsageError
 
 

@@ -16,7 +16,7 @@ import pytest
 from tests.data.reading import dump_lines, error_of, exchange, read, write
 
 from lory.config import Section, build
-from lory.data.sources import (
+from lory.data.sources.read import (
     SourceConfig,
     SourceReader,
     explain_source,

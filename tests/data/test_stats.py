@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lory.data.histogram import Histogram, count_lengths, draw_blocks, draw_picture
-from lory.data.stats import SourceStats, add_up, describe_dataset
+from lory.data.looking.histogram import Histogram, count_lengths, draw_blocks, draw_picture
+from lory.data.looking.stats import SourceStats, add_up, describe_dataset
 from lory.runtime import LoryError
 from lory.training.config import Config
 from lory.training.run import Prepared, prepare

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lory.data import store as stores
-from lory.data.store import SAMPLES, Encoded, Store, Summary, Writer, digest_conversation, digest_question
+from lory.data.encoding import store as stores
+from lory.data.encoding.store import SAMPLES, Encoded, Store, Summary, Writer, digest_conversation, digest_question
 from lory.runtime import LoryError
 from lory.types import IGNORE, Conversation, Media, Message, Sample
 

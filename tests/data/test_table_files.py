@@ -15,10 +15,10 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
-from lory.data.compressed import DataFile
-from lory.data.files import READERS
-from lory.data.rows import BadRow
-from lory.data.table_files import count_arrow, count_parquet, read_arrow, read_csv, read_parquet
+from lory.data.sources.compressed import DataFile
+from lory.data.sources.files import READERS
+from lory.data.sources.rows import BadRow
+from lory.data.sources.table_files import count_arrow, count_parquet, read_arrow, read_csv, read_parquet
 from lory.runtime import UsageError
 
 ROWS: list[dict[str, Any]] = [{"query": f"q{n}", "response": f"a{n}", "n": n} for n in range(3000)]

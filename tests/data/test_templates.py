@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lory.data.named_templates import find_template
-from lory.data.templates import (
+from lory.data.encoding.named_templates import find_template
+from lory.data.encoding.templates import (
     RefusedTurn,
     render_prompt,
     render_text,

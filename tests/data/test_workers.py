@@ -16,11 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
-from lory.data import cache, workers
-from lory.data.cache import encode_source
-from lory.data.encode import Encoder
-from lory.data.sources import SourceConfig
-from lory.data.store import SAMPLES, SUMMARY, Store
+from lory.data.encoding import cache, workers
+from lory.data.encoding.cache import encode_source
+from lory.data.encoding.encode import Encoder
+from lory.data.encoding.store import SAMPLES, SUMMARY, Store
+from lory.data.sources.read import SourceConfig
 from lory.runtime import UsageError
 
 ChatTokenizer = Callable[[str], tuple[Any, tuple[int, ...]]]
@@ -76,7 +76,7 @@ def test_processes_are_started_once_there_is_enough_to_do(
 def test_what_was_forgotten_is_encoded_again(tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_sums(tmp_path / "sums.jsonl")
     usual = encode_source(source, encoder, False, 1)
-    monkeypatch.setattr("lory.data.store._REMEMBERED", 1)
+    monkeypatch.setattr("lory.data.encoding.store._REMEMBERED", 1)
     small = encode_source(source, encoder, False, 2)
     assert len(small) > len(usual)
     taken = [[store.sample(int(first)) for first in store.first[store.count > 0]] for store in (small, usual)]
@@ -239,7 +239,7 @@ def test_a_source_without_a_sample_is_found_again(
 def test_processes_end_with_the_one_that_started_them() -> None:
     script = (
         "import time\n"
-        "from lory.data.workers import _Encoders\n"
+        "from lory.data.encoding.workers import _Encoders\n"
         "encoders = _Encoders(None, 2)\n"
         "for _ in range(2):\n"
         "    encoders.submit([])\n"

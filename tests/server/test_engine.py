@@ -13,7 +13,7 @@ import pytest
 import torch
 from tests.server.conftest import wait_until
 
-from lory.data.templates import render_prompt
+from lory.data.encoding.templates import render_prompt
 from lory.generate import GenerationOptions, decode_text
 from lory.runtime import UsageError
 from lory.server.catalogue import Catalogue, open_catalogue

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lory.adapters.inject import AdapterConfig, attach_lora
 from lory.adapters.virtual_tokens import Leading
-from lory.data.collate import Batch, collate
+from lory.data.mixture.collate import Batch, collate
 from lory.models.attention import documents_apart
 from lory.training.continuations import continue_texts, is_sequence_step
 from lory.training.feed import Batching

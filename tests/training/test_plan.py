@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from lory.data.packing import Rows
-from lory.data.samples import Samples
-from lory.data.store import Encoded, Store, Summary, Writer
+from lory.data.encoding.samples import Samples
+from lory.data.encoding.store import Encoded, Store, Summary, Writer
+from lory.data.mixture.packing import Rows
 from lory.training.optim import TrainConfig
 from lory.training.plan import Plan, count_steps, fold, make_batch, plan_rows
 from lory.types import IGNORE, Conversation, Sample

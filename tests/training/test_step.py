@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM
 
 from lory.adapters.inject import AdapterConfig, adapted_layers, attach_lora
-from lory.data.collate import Batch, collate
+from lory.data.mixture.collate import Batch, collate
 from lory.models.attention import documents_apart
 from lory.training.step import Objective, StepResult, evaluate_loss, train_step
 from lory.types import IGNORE, Sample

@@ -60,7 +60,7 @@ def list_data(
     as_json: Json = False,
 ) -> None:
     """List the data sets that a config can name."""
-    from lory.data.registry import describe_registry
+    from lory.data.sources.registry import describe_registry
 
     rows = describe_registry(pattern)
     if as_json:
@@ -78,7 +78,7 @@ def list_data(
 @app.command("formats")
 def list_formats(as_json: Json = False) -> None:
     """List the formats that records can have, with their keys."""
-    from lory.data.formats import FORMATS
+    from lory.data.records.formats import FORMATS
 
     rows = {
         name: {
@@ -112,7 +112,7 @@ def write_identity(
     """Write records that teach a model its name and who made it."""
     import json
 
-    from lory.data.identity import identity_conversations
+    from lory.data.making.identity import identity_conversations
     from lory.runtime import write_text
 
     conversations = identity_conversations(name, author, seed)

@@ -14,7 +14,7 @@ from lory.cli.options import BaseDtype, Device, Json, Model, Quantize, TrustRemo
 from lory.runtime import UsageError, log, write_json
 
 if TYPE_CHECKING:
-    from lory.data.sources import SourceConfig
+    from lory.data.sources.read import SourceConfig
     from lory.evaluate.run import Evaluation, Settings
     from lory.generate import GenerationOptions
 
@@ -157,7 +157,7 @@ def _read_lengths(text: str) -> tuple[int, int]:
 
 def _read_source(text: str, name: str | None, author: str | None) -> SourceConfig:
     from lory.config import build, parse_yaml
-    from lory.data.source_config import SourceConfig, read_short_form
+    from lory.data.sources.config import SourceConfig, read_short_form
 
     where = f"--data {text}"
     # the long form, as in a config

@@ -42,7 +42,7 @@ def formulas(
     as_json: Json = False,
 ) -> None:
     """Draw formulas out of a grammar, and write the pictures with their LaTeX as a data set for image to text."""
-    from lory.data.formulas import Recipe, write_formulas
+    from lory.data.making.formulas import Recipe, write_formulas
 
     recipe = Recipe(count, level.value, style.value, seed, spaced)
     with progress_bar("drawing formulas") as show:

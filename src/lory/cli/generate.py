@@ -14,7 +14,7 @@ from lory.cli.options import Json, print_json
 from lory.runtime import UsageError
 
 if TYPE_CHECKING:
-    from lory.data.self_instruct import Tally
+    from lory.data.making.self_instruct import Tally
 
 _DEFAULT_KEY = "OPENAI_API_KEY"
 
@@ -44,8 +44,8 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Write new instructions and answers through a chat API (self-instruct); run it again to go on after a stop."""
-    from lory.data import self_instruct
-    from lory.data.completions import Api
+    from lory.data.making import self_instruct
+    from lory.data.making.completions import Api
 
     if min_words > max_words:
         raise UsageError(f"--min-words {min_words} is above --max-words {max_words}; give a lower one.")

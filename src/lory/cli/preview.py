@@ -51,7 +51,7 @@ def preview(prepared: Prepared, samples: int, as_json: bool, with_config: bool, 
 
 def _describe(prepared: Prepared, count: int, with_config: bool, short: bool) -> dict[str, Any]:
     """The samples as JSON; unless it is a dry run with their messages, and with the sources explained."""
-    from lory.data.sources import explain_source
+    from lory.data.sources.read import explain_source
     from lory.training.preview import describe_messages, describe_sample, find_conversations, pick_samples
 
     dataset, tokenizer = prepared.dataset, prepared.tokenizer
@@ -66,7 +66,7 @@ def _describe(prepared: Prepared, count: int, with_config: bool, short: bool) ->
 
 
 def _print_sources(prepared: Prepared, count: int, short: bool, console: Console) -> None:
-    from lory.data.sources import explain_source
+    from lory.data.sources.read import explain_source
     from lory.training.preview import find_conversations, pick_samples, show_messages, show_tokens
 
     for source in prepared.config.data.train:

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 def gather_stats(prepared: Prepared, picture: Path) -> dict[str, Any]:
     """The statistics as JSON; draws the picture."""
-    from lory.data.histogram import draw_picture
-    from lory.data.packing import efficiency
-    from lory.data.stats import add_up, describe_dataset
+    from lory.data.looking.histogram import draw_picture
+    from lory.data.looking.stats import add_up, describe_dataset
+    from lory.data.mixture.packing import efficiency
     from lory.training.plan import count_steps
 
     config, dataset, plan = prepared.config, prepared.dataset, prepared.plan()
@@ -51,7 +51,7 @@ def print_stats(stats: Mapping[str, Any]) -> None:
 
 
 def _describe_source(source: Mapping[str, Any]) -> Iterator[str]:
-    from lory.data.histogram import Histogram, draw_blocks
+    from lory.data.looking.histogram import Histogram, draw_blocks
 
     conversations, samples = source["conversations"], source["samples"]
     read = "" if source["read"] is None else f"{source['read']:,} records: "

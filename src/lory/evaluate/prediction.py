@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lory.adapters.prefix import packed_prefix, prefix_arguments
 from lory.adapters.virtual_tokens import find_leading
-from lory.data.collate import Batch, collate
-from lory.data.packing import pack
+from lory.data.mixture.collate import Batch, collate
+from lory.data.mixture.packing import pack
 from lory.evaluate.records import Record
 from lory.metrics.prediction import PredictionCounts, predict_next
 from lory.models.attention import document_arguments, documents_apart, keeps_documents_apart

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lory.data.encode import Encoder
-from lory.data.sources import SourceConfig, open_source
-from lory.data.templates import render_turns
+from lory.data.encoding.encode import Encoder
+from lory.data.encoding.templates import render_turns
+from lory.data.sources.read import SourceConfig, open_source
 from lory.generate import decode_text
 from lory.runtime import UsageError
 from lory.types import Conversation, Sample

@@ -14,8 +14,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from lory.adapters.prompt import virtual_length
-from lory.data.encode import Encoder, LossOn
-from lory.data.sources import SourceConfig
+from lory.data.encoding.encode import Encoder, LossOn
+from lory.data.sources.read import SourceConfig
 from lory.evaluate.answers import Prediction, answer_questions, describe_record
 from lory.evaluate.page import draw_page
 from lory.evaluate.prediction import Predictor

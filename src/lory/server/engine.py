@@ -2,7 +2,8 @@
 
 In each turn it drops what nobody waits for any more, reads some tokens of the next prompt, and takes one step with
 every running answer. So a request joins as soon as there is a place and its prompt is read, an answer that ends leaves
-at once, and a long prompt holds up the others by a few tokens' time only.
+at once, and a long prompt holds up the others by a few tokens' time only. Contrastive search, which looks at several
+tokens for each that it takes, goes on beside the batch, a token of each such answer in each turn.
 """
 
 from __future__ import annotations
@@ -12,25 +13,28 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from lory.runtime import LoryError, log
-from lory.server.jobs import Failure, FinishReason, Job, Piece, PromptRead
+from lory.runtime import LoryError, UsageError, log
+from lory.server.alone import Tokens, decode_alone, search_contrastively
+from lory.server.answers import Answer, score
+from lory.server.jobs import Failure, Job, PromptRead
 from lory.server.kept import KeptTexts
 from lory.server.limits import Limits
 from lory.server.metrics import ServerMetrics
 from lory.server.runner import Prompt, Runner
-from lory.server.sampling import Sampler
-from lory.server.text import ScoredToken, TextStream
+from lory.server.text import ScoredToken
 
 T = TypeVar("T")
 
 # Prompt tokens read at a time where no answer waits for its next token
 _READ_ALONE = 512
 _BROKEN = "The model failed; see the server's log."
+_STOPS = "The server is shutting down."
+# What a model's forward raises, as when memory runs out
+_FAILURES = (RuntimeError, ValueError, MemoryError, LoryError)
 
 
 class Refused(LoryError):
@@ -39,57 +43,6 @@ class Refused(LoryError):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
-
-
-class _Answer:
-    """An answer that is being decoded."""
-
-    def __init__(self, job: Job, choice: int, device: torch.device) -> None:
-        self.job, self.choice = job, choice
-        self.sampler = Sampler(job.sampling, job.prompt, job.seed + choice, device)
-        self.text = TextStream(job.tokenizer, job.stops)
-        self.tokens: list[int] = []
-        self.first_at = time.monotonic()
-
-    def take(self, token: int, logits: Tensor) -> bool:
-        """Go on with this token, chosen by the logits (V,), and tell; whether the answer goes on after it."""
-        job = self.job
-        job.tokens += 1
-        self.tokens.append(token)
-        self.sampler.take(token)
-        finish: FinishReason | None = None
-        text = ""
-        if token in job.terminators:
-            finish = "stop"
-        else:
-            scored = None
-            if job.logprobs is not None:
-                scored = score(logits.log_softmax(dim=-1), token, job.logprobs, self.text.offset)
-            text = self.text.feed(token, scored)
-            if self.text.stopped:
-                finish = "stop"
-            elif len(self.tokens) >= job.answer_tokens:
-                finish = "length"
-        self._tell(text, finish)
-        return finish is None
-
-    def end(self, finish: FinishReason) -> None:
-        """End the answer before its time."""
-        self._tell("", finish)
-
-    def _tell(self, text: str, finish: FinishReason | None) -> None:
-        if finish is not None:
-            text += self.text.finish()
-        scored = self.text.take_scored(final=finish is not None)
-        if text or scored or finish:
-            self.job.deliver(Piece(self.choice, text, scored, finish))
-
-
-def score(logprobs: Tensor, token: int, count: int, offset: int = 0) -> ScoredToken:
-    """The token with its log-probability out of those of all tokens (V,), and the `count` likeliest."""
-    top = logprobs.topk(min(count, len(logprobs)))
-    likeliest = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    return ScoredToken(token, float(logprobs[token]), likeliest, offset)
 
 
 class Engine:
@@ -105,8 +58,9 @@ class Engine:
         self._kept = KeptTexts(limits.kept_tokens)
         self._waiting: deque[Job] = deque()
         self._reading: tuple[Job, Prompt, list[ScoredToken]] | None = None
-        self._running: list[_Answer] = []
-        self._calls: deque[Callable[[], None]] = deque()
+        self._running: list[Answer] = []
+        self._alone: list[tuple[Answer, Tokens]] = []
+        self._calls: deque[tuple[Callable[[], object], Future[Any]]] = deque()
         self._retired: set[int] = set()
         self._wake = threading.Condition()
         self._draining = self._stopping = False
@@ -125,7 +79,7 @@ class Engine:
     def is_idle(self) -> bool:
         """Whether there is no job."""
         with self._wake:
-            return not (self._waiting or self._reading or self._running)
+            return not (self._waiting or self._reading or self._running or self._alone)
 
     def submit(self, job: Job) -> None:
         """Take a job into the queue.
@@ -135,7 +89,7 @@ class Engine:
         """
         with self._wake:
             if not self.is_healthy:
-                reason = "The server is shutting down." if self._thread.is_alive() else _BROKEN
+                reason = _STOPS if self._thread.is_alive() else _BROKEN
                 raise Refused(503, reason)
             if job.adapter in self._retired:
                 raise Refused(404, "The model was removed.")
@@ -155,17 +109,10 @@ class Engine:
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run a function in the engine's thread, between two steps."""
         future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except (LoryError, RuntimeError, ValueError) as error:
-                future.set_exception(error)
-
         with self._wake:
-            if not self._thread.is_alive():
-                raise Refused(503, _BROKEN)
-            self._calls.append(run)
+            if self._stopping or not self._thread.is_alive():
+                raise Refused(503, _STOPS if self._stopping else _BROKEN)
+            self._calls.append((function, future))
             self._wake.notify()
         return future
 
@@ -198,7 +145,9 @@ class Engine:
             # also after an error that nobody foresaw: no one may wait for ever
             with self._wake:
                 self._stopping = True
-            self._fail_all("The server is shutting down." if self._draining else _BROKEN)
+            self._fail_all(_STOPS if self._draining else _BROKEN)
+            for _, future in self._calls:
+                future.set_exception(Refused(503, _STOPS if self._draining else _BROKEN))
 
     def _wait(self) -> bool:
         """Wait until there is something to do; whether to go on."""
@@ -209,27 +158,40 @@ class Engine:
 
     def _turn(self) -> None:
         while self._calls:
-            self._calls.popleft()()
+            self._answer_call(*self._calls.popleft())
         self._remove_retired()
         self._sweep()
         try:
             self._read()
             if self._running:
                 self._step()
-        except (RuntimeError, ValueError, MemoryError, LoryError) as error:
+        except _FAILURES as error:
             # as when memory runs out; whose fault it is can't be told
             log.error("The model failed: %s", error, exc_info=error)
             self._fail_all(_BROKEN, status=500)
-        self.metrics.running.set(len(self._running))
+        for place in reversed(range(len(self._alone))):
+            self._step_alone(place)
+        self.metrics.running.set(len(self._running) + len(self._alone))
         self.metrics.waiting.set(len(self._waiting))
+
+    def _answer_call(self, function: Callable[[], object], future: Future[Any]) -> None:
+        try:
+            future.set_result(function())
+        except _FAILURES as error:
+            future.set_exception(error)
+        finally:
+            # nobody waits for ever, whatever comes
+            if not future.done():
+                future.set_exception(Refused(503, _BROKEN))
 
     def _count_taken(self) -> int:
         reading = self._reading
-        return len(self._running) + (reading[0].choices if reading else 0)
+        return len(self._running) + len(self._alone) + (reading[0].choices if reading else 0)
 
     def _jobs(self) -> list[Job]:
         reading = [self._reading[0]] if self._reading else []
-        return [*self._waiting, *reading, *(answer.job for answer in self._running)]
+        answers = [*self._running, *(answer for answer, _ in self._alone)]
+        return [*self._waiting, *reading, *(answer.job for answer in answers)]
 
     def _can_remove(self) -> bool:
         bank = self.runner.bank
@@ -259,26 +221,36 @@ class Engine:
         if self._reading and self._reading[0].cancelled:
             self._reading = None
         for row in reversed(range(len(self._running))):
-            answer = self._running[row]
-            if answer.job.cancelled:
+            if self._is_over(self._running[row], now):
                 self._leave(row)
-            elif now - (answer.job.began_at or now) > self.limits.seconds:
-                answer.end("length")
-                self._leave(row)
+        for place in reversed(range(len(self._alone))):
+            if self._is_over(self._alone[place][0], now):
+                self._note(self._alone.pop(place)[0])
+
+    def _is_over(self, answer: Answer, now: float) -> bool:
+        """Whether nobody waits for an answer any more, or its time is over, which it is told."""
+        late = now - (answer.job.began_at or now) > self.limits.seconds
+        if late and not answer.job.cancelled:
+            answer.end("length")
+        return late or answer.job.cancelled
 
     def _read(self) -> None:
         """Read some tokens of the next prompts."""
         budget = self.limits.prefill_tokens if self._running else max(_READ_ALONE, self.limits.prefill_tokens)
-        while budget > 0:
-            if self._reading is None and not self._begin():
-                return
+        while budget > 0 and (self._reading or self._begin()):
             assert self._reading is not None
             job, prompt, scored = self._reading
             before = prompt.done
-            if job.prompt_logprobs:
-                self._read_scored(job, prompt, scored, budget)
-            else:
-                self.runner.read(prompt, budget)
+            try:
+                if job.prompt_logprobs:
+                    self._read_scored(job, prompt, scored, budget)
+                else:
+                    self.runner.read(prompt, budget)
+            except _FAILURES as error:
+                # the others' rows were not touched
+                self._reading = None
+                self._fail(job, error)
+                continue
             budget -= prompt.done - before
             if prompt.logits is not None:
                 going_on = self._answer(job, prompt, scored)
@@ -287,19 +259,29 @@ class Engine:
                     self._running += going_on
 
     def _begin(self) -> bool:
-        """Begin with the next prompt, if there is one and a place for its answers."""
+        """Begin to read the next prompt, if there is one and a place for its answers."""
+        while (job := self._take_next()) is not None:
+            self.metrics.tokens_in.inc(len(job.prompt))
+            if self._goes_alone(job):
+                self._begin_alone(job)
+                continue
+            prompt = Prompt(job.prompt, job.adapter, job.inputs)
+            with self._wake:
+                self._reading = job, prompt, []
+            # equal tokens may stand for other images
+            if not job.prompt_logprobs and not job.inputs:
+                prompt.start_with(*self._kept.find(job.prompt, job.adapter))
+            self.metrics.tokens_kept.inc(prompt.done)
+            return True
+        return False
+
+    def _take_next(self) -> Job | None:
         with self._wake:
             if not self._waiting or self._count_taken() + self._waiting[0].choices > self.limits.max_batch:
-                return False
+                return None
             job = self._waiting.popleft()
-            job.began_at = time.monotonic()
-            prompt = Prompt(job.prompt, job.adapter)
-            self._reading = job, prompt, []
-        if not job.prompt_logprobs:
-            prompt.start_with(*self._kept.find(job.prompt, job.adapter))
-        self.metrics.tokens_in.inc(len(job.prompt))
-        self.metrics.tokens_kept.inc(prompt.done)
-        return True
+        job.began_at = time.monotonic()
+        return job
 
     def _read_scored(self, job: Job, prompt: Prompt, scored: list[ScoredToken], budget: int) -> None:
         if not scored:
@@ -309,19 +291,48 @@ class Engine:
         following = prompt.ids[first + 1 : prompt.done + 1]
         scored += [score(own, token, job.logprobs or 0) for own, token in zip(logprobs, following, strict=False)]
 
-    def _answer(self, job: Job, prompt: Prompt, scored: list[ScoredToken]) -> list[_Answer]:
+    def _goes_alone(self, job: Job) -> bool:
+        return job.sampling.options.penalty_alpha is not None or bool(job.inputs and not self.runner.joins_images)
+
+    def _begin_alone(self, job: Job) -> None:
+        model = self.runner.model
+        for choice in range(job.choices):
+            answer = Answer(job, choice, self._device)
+            searches = job.sampling.options.penalty_alpha is not None
+            tokens = search_contrastively(model, answer) if searches else decode_alone(model, answer)
+            with self._wake:
+                self._alone.append((answer, tokens))
+
+    def _step_alone(self, place: int) -> None:
+        """Take the next token of an answer beside the batch; the first one reads its prompt."""
+        answer, tokens = self._alone[place]
+        try:
+            self.runner.select(answer.job.adapter)
+            token, logits = next(tokens)
+        except StopIteration:
+            answer.end("length")
+        except _FAILURES as error:
+            self._alone = [(other, tokens) for other, tokens in self._alone if other.job is not answer.job]
+            self._fail(answer.job, error)
+            return
+        else:
+            self._note_first(answer)
+            if answer.take(token, logits):
+                return
+        self._note(self._alone.pop(place)[0])
+
+    def _answer(self, job: Job, prompt: Prompt, scored: list[ScoredToken]) -> list[Answer]:
         """The prompt is read: choose the first tokens; the answers that go on, each with a row."""
         assert prompt.logits is not None
         going_on = []
         if job.prompt_logprobs:
             job.deliver(PromptRead(tuple(scored)))
         for choice in range(job.choices):
-            answer = _Answer(job, choice, self._device)
+            answer = Answer(job, choice, self._device)
             if job.answer_tokens == 0:
                 answer.end("length")
                 continue
-            if choice == 0:
-                self.metrics.first_token.observe(time.monotonic() - job.asked_at)
+            self._note_first(answer)
             if answer.take(answer.sampler.choose(prompt.logits), prompt.logits):
                 self.runner.join(prompt)
                 going_on.append(answer)
@@ -346,14 +357,18 @@ class Engine:
         """Take an answer's row out; the last one takes its place."""
         answer = self._running[row]
         fed = self.runner.rows.lengths[row]
-        if answer.choice == 0 and self._kept.wants(fed):
+        if answer.choice == 0 and not answer.job.inputs and self._kept.wants(fed):
             self._kept.keep(answer.sampler.ids[:fed], answer.job.adapter, self.runner.states(row))
         self.runner.leave(row)
         self._running[row] = self._running[-1]
         self._running.pop()
         self._note(answer)
 
-    def _note(self, answer: _Answer) -> None:
+    def _note_first(self, answer: Answer) -> None:
+        if answer.choice == 0 and not answer.tokens:
+            self.metrics.first_token.observe(time.monotonic() - answer.job.asked_at)
+
+    def _note(self, answer: Answer) -> None:
         self.metrics.tokens_out.inc(len(answer.tokens))
         self.metrics.note_answer(answer.tokens, time.monotonic() - answer.first_at)
 
@@ -361,7 +376,15 @@ class Engine:
         with self._wake:
             jobs = list(dict.fromkeys(self._jobs()))
             self._waiting.clear()
-            self._reading, self._running = None, []
+            self._reading, self._running, self._alone = None, [], []
         self.runner.clear()
         for job in jobs:
             job.deliver(Failure(status, message))
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """One job fails; the others go on."""
+        if isinstance(error, UsageError):
+            job.deliver(Failure(400, str(error)))
+            return
+        log.error("The model failed: %s", error, exc_info=error)
+        job.deliver(Failure(500, _BROKEN))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -12,6 +12,7 @@ from lory.server.sampling import Sampling
 from lory.server.text import ScoredToken
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 FinishReason = Literal["stop", "length"]
@@ -64,6 +65,7 @@ class Job:
         stops: strings that end an answer.
         logprobs: give log-probabilities, and those of so many likeliest tokens.
         prompt_logprobs: give the prompt's, too.
+        inputs: what the model is given beside the prompt's tokens, as the pixels of images.
         tokens: how many tokens the answers have so far, their ends included.
         cancelled: nobody listens any more.
     """
@@ -80,6 +82,7 @@ class Job:
     stops: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
     cancelled: bool = False
     asked_at: float = field(default_factory=time.monotonic)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from lory.config import build
-from lory.data.records import Malformed
-from lory.data.templates import render_prompt
-from lory.data.tool_records import read_tools
+from lory.data.encoding.templates import render_prompt
+from lory.data.records.fields import Malformed
+from lory.data.records.tools import read_tools
 from lory.generate import GenerationOptions
 from lory.runtime import UsageError
 from lory.server.catalogue import Served

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from lory.decoding.loop import GrowingLayer
 from lory.models.lean import find_decoder
 from lory.runtime import UsageError
+from lory.server.alone import AloneRow
 from lory.server.bank import AdapterBank
 from lory.server.rows import KeysValues, RowsCache
 
@@ -30,13 +31,17 @@ class Prompt:
     Attributes:
         ids: its tokens.
         adapter: the number of its adapter in the bank.
+        inputs: what the model's forward is given beside the tokens, as the pixels of images.
+        offset: see `AloneRow`.
         done: how many of the tokens are read.
         logits: (V,) fp32, of the token after the last; None before the end.
         cache: what was read, as keys and values.
     """
 
-    def __init__(self, ids: Sequence[int], adapter: int | None = None) -> None:
-        self.ids, self.adapter, self.done = list(ids), adapter, 0
+    def __init__(
+        self, ids: Sequence[int], adapter: int | None = None, inputs: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.ids, self.adapter, self.inputs, self.offset, self.done = list(ids), adapter, inputs or {}, 0, 0
         self.logits: Tensor | None = None
         self.cache = Cache(layer_class_to_replicate=GrowingLayer)
 
@@ -66,10 +71,18 @@ class Runner:
         self._last_only = {"logits_to_keep": 1} if accepts_few and decoder is None else {}
         self.rows = RowsCache()
         self.adapters: list[int | None] = []
+        self.offsets: list[int] = []
+        self.joins_images = True
+        """Whether a prompt with images becomes a row like any other; `check_images` finds out."""
 
     @torch.inference_mode()
     def read(self, prompt: Prompt, tokens: int) -> None:
-        """Read up to `tokens` more of a prompt."""
+        """Read up to `tokens` more of a prompt; one with images is read as a whole."""
+        if prompt.inputs:
+            self.select(prompt.adapter)
+            row = AloneRow(self.model, prompt.ids, prompt.inputs)
+            prompt.cache, prompt.offset, prompt.logits, prompt.done = row.cache, row.offset, row.logits, len(prompt.ids)
+            return
         logits = self._read(prompt, tokens, self.forward, self._last_only)
         if prompt.done == len(prompt.ids):
             prompt.logits = logits[0, -1].float()
@@ -83,8 +96,7 @@ class Runner:
         return logits
 
     def _read(self, prompt: Prompt, tokens: int, forward: Any, arguments: dict[str, Any]) -> Tensor:
-        if self.bank is not None:
-            self.bank.select([prompt.adapter])
+        self.select(prompt.adapter)
         end = min(prompt.done + tokens, len(prompt.ids))
         device = self.model.device
         logits: Tensor = forward(
@@ -97,18 +109,25 @@ class Runner:
         prompt.done = end
         return logits
 
+    def select(self, adapter: int | None) -> None:
+        """The next forwards have this adapter in all of their rows."""
+        if self.bank is not None:
+            self.bank.select([adapter])
+
     @torch.inference_mode()
     def join(self, prompt: Prompt) -> None:
         """Make a row of a prompt that is read; it is the last one."""
         self.rows.join(prompt.states())
         self.adapters.append(prompt.adapter)
+        self.offsets.append(prompt.offset)
 
     @torch.inference_mode()
     def leave(self, row: int) -> None:
         """Take a row out; the last one takes its place."""
         self.rows.leave(row)
-        self.adapters[row] = self.adapters[-1]
-        self.adapters.pop()
+        for held in (self.adapters, self.offsets):
+            held[row] = held[-1]
+            held.pop()
 
     @torch.inference_mode()
     def states(self, row: int) -> KeysValues:
@@ -117,7 +136,7 @@ class Runner:
 
     def clear(self) -> None:
         """Forget all rows."""
-        self.rows, self.adapters = RowsCache(), []
+        self.rows, self.adapters, self.offsets = RowsCache(), [], []
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -125,7 +144,8 @@ class Runner:
         if self.bank is not None:
             self.bank.select(self.adapters)
         device = self.model.device
-        positions = torch.tensor(self.rows.lengths, device=device)[:, None]
+        places = [length + offset for length, offset in zip(self.rows.lengths, self.offsets, strict=True)]
+        positions = torch.tensor(places, device=device)[:, None]
         mask = self.rows.begin_step()
         logits: Tensor = self.forward(
             input_ids=torch.tensor(tokens, device=device)[:, None],

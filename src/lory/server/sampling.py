@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, NoRepeatNGramLogitsProcessor, TypicalLogitsWarper
+from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor, TypicalLogitsWarper
 
-from lory.decoding.processors import CountPenalty, RepetitionPenalty
+from lory.decoding.processors import build_processors
 from lory.generate import GenerationOptions
 
 # The likeliest tokens that are looked at before all of them are sorted: 0.9 ms against 8 for 49,152 on one core
@@ -22,9 +22,20 @@ class Sampling:
     """How an answer's tokens are chosen."""
 
     options: GenerationOptions
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+
+class Bias(LogitsProcessor):
+    """Adds to the logits of some tokens."""
+
+    def __init__(self, bias: Mapping[int, float]) -> None:
+        self._tokens, self._values = list(bias), list(bias.values())
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(B, V) logits with what is added."""
+        scores = scores.clone()
+        scores[:, self._tokens] += torch.tensor(self._values, device=scores.device)
+        return scores
 
 
 class Sampler:
@@ -42,22 +53,18 @@ class Sampler:
         self.ids = list(prompt)
         self._device = device
         self._generator = torch.Generator().manual_seed(seed)
-        self._bias = list(sampling.logit_bias), list(sampling.logit_bias.values())
-        self._processors = _list_processors(sampling, len(prompt))
+        self._processors = list_processors(sampling, len(prompt), seed)
         typical = self.options.typical_p
         self._typical = TypicalLogitsWarper(typical) if self.options.do_sample and typical < 1 else None
 
     @property
     def is_plain(self) -> bool:
         """Whether it always takes the likeliest token."""
-        return not (self.options.do_sample or self._bias[0] or self._processors)
+        return not (self.options.do_sample or self._processors)
 
     def choose(self, logits: Tensor) -> int:
         """The next token by its logits (V,), fp32; `take` is to be told which token comes."""
         scores = logits
-        if self._bias[0]:
-            scores = scores.clone()
-            scores[self._bias[0]] += torch.tensor(self._bias[1], device=scores.device)
         if self._processors:
             ids = torch.tensor([self.ids], device=self._device)
             scores = self._processors(ids, scores[None].clone())[0]
@@ -100,12 +107,12 @@ def keep_likeliest(scores: Tensor, top_p: float) -> Tensor:
     return torch.full_like(scores, -torch.inf).index_copy_(0, kept, scores[kept])
 
 
-def _list_processors(sampling: Sampling, prompt_tokens: int) -> LogitsProcessorList:
+def list_processors(sampling: Sampling, prompt_tokens: int, seed: int = 0) -> LogitsProcessorList:
+    """What changes the logits of an answer, from its tokens so far."""
     options, processors = sampling.options, LogitsProcessorList()
-    if options.repetition_penalty != 1:
-        processors.append(RepetitionPenalty(options.repetition_penalty, prompt_tokens))
-    if sampling.presence_penalty or sampling.frequency_penalty:
-        processors.append(CountPenalty(sampling.frequency_penalty, sampling.presence_penalty, prompt_tokens))
+    if sampling.logit_bias:
+        processors.append(Bias(sampling.logit_bias))
+    processors += build_processors(options.model_copy(update={"seed": seed}), prompt_tokens)
     if options.no_repeat_ngram_size:
         processors.append(NoRepeatNGramLogitsProcessor(options.no_repeat_ngram_size))
     return processors

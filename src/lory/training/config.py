@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from lory.adapters.inject import AdapterConfig
 from lory.adapters.kinds import AnyAdapterConfig
 from lory.config import Section, apply_overrides, build, parse_yaml, read_yaml
-from lory.data.dataset import DataConfig
+from lory.data.mixture.dataset import DataConfig
 from lory.models.load import ModelConfig
 from lory.models.resolve import find_run
 from lory.runtime import UsageError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lory.data.collate import Batch, collate
+from lory.data.mixture.collate import Batch, collate
 from lory.generate import GenerationOptions, generate_batch
 from lory.losses.unlikelihood import repeated_ngram_mask
 from lory.training.objective import UnlikelihoodConfig

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from lory.adapters.virtual_tokens import Leading
-from lory.data.collate import Batch
-from lory.data.samples import Samples
-from lory.data.stream import Stream, Window
+from lory.data.encoding.samples import Samples
+from lory.data.mixture.collate import Batch
+from lory.data.mixture.stream import Stream, Window
 from lory.runtime import log
 from lory.training.checkpoint import Position
 from lory.training.plan import Plan, fold, make_batch, plan_rows

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 
-from lory.data.samples import Samples
+from lory.data.encoding.samples import Samples
 from lory.runtime import LoryError
 from lory.training.checkpoint import Parts, Position, save_checkpoint, tidy_checkpoints
 from lory.training.config import Config

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lory.adapters.prefix import packed_prefix, prefix_arguments
 from lory.config import Section
-from lory.data.collate import Batch
+from lory.data.mixture.collate import Batch
 from lory.losses.contrastive import contrastive_loss
 from lory.losses.cross_entropy import cross_entropy
 from lory.losses.noise import add_embedding_noise

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from lory.adapters.virtual_tokens import Leading
-from lory.data.collate import Batch, collate
-from lory.data.packing import Rows, pack
-from lory.data.samples import Samples
+from lory.data.encoding.samples import Samples
+from lory.data.mixture.collate import Batch, collate
+from lory.data.mixture.packing import Rows, pack
 from lory.training.optim import TrainConfig
 from lory.types import IGNORE, Sample
 

@@ -12,9 +12,9 @@ import torch
 from rich.text import Text
 
 from lory.adapters import kinds
-from lory.data.dataset import DataConfig, Dataset
-from lory.data.sources import open_source
-from lory.data.store import digest_conversation
+from lory.data.encoding.store import digest_conversation
+from lory.data.mixture.dataset import DataConfig, Dataset
+from lory.data.sources.read import open_source
 from lory.losses.cross_entropy import CHUNK_TOKENS
 from lory.models.load import choose_dtype, default_device, load_config
 from lory.models.quantize import count_bytes, stored_quantization

@@ -15,10 +15,10 @@ from lory.adapters.kinds import KINDS, attach
 from lory.adapters.lint import lint_adapter
 from lory.adapters.virtual_tokens import find_leading
 from lory.config import apply_overrides, build
-from lory.data.dataset import DataConfig, Dataset, build_dataset
-from lory.data.named_templates import AUTO, add_answer_end, choose_template
-from lory.data.packing import efficiency
-from lory.data.templates import NO_TEMPLATE
+from lory.data.encoding.named_templates import AUTO, add_answer_end, choose_template
+from lory.data.encoding.templates import NO_TEMPLATE
+from lory.data.mixture.dataset import DataConfig, Dataset, build_dataset
+from lory.data.mixture.packing import efficiency
 from lory.models.attention import keeps_documents_apart
 from lory.models.fused_memory import keep_freed_memory
 from lory.models.load import (

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from lory.data.collate import Batch
+from lory.data.mixture.collate import Batch
 from lory.models.attention import documents_apart
 from lory.training.objective import Objective, Terms
 

@@ -1,0 +1,1 @@
+"""Data as people look at them: statistics, histograms, excerpts."""

@@ -1,0 +1,1 @@
+"""Records that lory makes: identities, self-instruct, formulas."""

@@ -1,0 +1,1 @@
+"""Sources to batches: mixed, split, freed of duplicates, streamed, packed and collated."""

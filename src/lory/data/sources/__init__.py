@@ -1,0 +1,1 @@
+"""Where rows come from: files, archives, tables, hubs, the web, and names in the registry."""

@@ -1,0 +1,1 @@
+"""Images, opened and fitted without trusting them."""
