@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import has_torch_function
 
-# elements of a block for each thread, 1 MB in fp32: fresh pages for larger temporaries cost more than the arithmetic
+# elements of a block for each thread, about 1 MB in fp32: fresh pages for larger temporaries cost more than the arithmetic
 _BLOCK = 2**18
 
 
@@ -142,7 +142,9 @@ def _split_rows(x: Tensor, whole: bool = False) -> list[slice]:
     """Blocks of the rows of x (N, n): small ones on a CPU, one on other devices, or where `whole` says so."""
     if whole or not x.is_cpu or not len(x):
         return [slice(None)]
-    size = max(1, _BLOCK * torch.get_num_threads() // max(1, x.shape[1]))
+    # of equal size: a rest of a few rows costs nearly as much as a block
+    blocks = max(1, round(x.numel() / (_BLOCK * torch.get_num_threads())))
+    size = -(-len(x) // blocks)
     return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
