@@ -106,6 +106,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def vision_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function from a family in `tests.vision_models` to the folder of a tiny model of it; do not write into it."""
+
+    @functools.cache
+    def make(family: str) -> Path:
+        from tests.vision_models import SERVED
+
+        folder = tmp_path_factory.mktemp(family)
+        SERVED[family](folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of the real SmolLM2-135M-Instruct, converted once into lory's cache."""
     from lory.models.embedded import prepare_smollm2

@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from lory.adapters import kinds
+from lory.batch import answer_prompts
 from lory.data.encoding.named_templates import add_answer_end
-from lory.data.encoding.templates import render_prompt
+from lory.data.records.fields import Malformed, ReadOptions
+from lory.data.records.media import read_parts
+from lory.data.vision.images import ImageLimits
+from lory.data.vision.reader import ImageReader, Prompt, make_prompt, read_resizing
 from lory.generate import Ending, GenerationOptions, decode_text, default_options, generate_ids, stream_text
 from lory.models.lean import prepare_for_decoding
-from lory.models.load import DtypeName, default_device, load_config, load_model, load_tokenizer, terminators
+from lory.models.load import (
+    DtypeName,
+    default_device,
+    find_processor_folder,
+    load_config,
+    load_model,
+    load_processor,
+    load_tokenizer,
+    terminators,
+)
 from lory.models.quantize import Quantization, stored_quantization
-from lory.models.resolve import resolve
+from lory.models.resolve import Resolved, resolve
 from lory.runtime import UsageError, log
 from lory.types import ROLES, Message, Role
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 RETRY = "Answer without repeating yourself."
 """What is added to a question whose answer went round in circles, where `on_loop` is retry."""
 
-Messages = str | Sequence[Mapping[str, str]]
+Messages = str | Sequence[Mapping[str, Any] | Message]
+"""A question, or messages: OpenAI's dicts, whose content is a text or a list of parts, or `Message`s.
+
+A part is ``{"type": "text", "text": ...}`` or ``{"type": "image", "image": ...}`` with a path, a URL, a data URL, a
+file's bytes or a PIL image; OpenAI's ``{"type": "image_url", "image_url": {"url": ...}}`` is understood, too.
+"""
 
 
 class Assistant:
@@ -38,16 +56,46 @@ class Assistant:
         tokenizer: the tokenizer, whose chat template renders every prompt.
         options: the model's own decoding options.
         terminators: token ids that end an answer.
+        reader: what prepares images; None where the model reads text only.
+        image_root: the folder that paths of images have to lie in; None: no path is opened.
+        image_limits: which images are opened; by default none from the web.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str = "") -> None:
-        self.model, self.tokenizer, self.name = model, tokenizer, name
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str = "",
+        reader: ImageReader | None = None,
+    ) -> None:
+        self.model, self.tokenizer, self.name, self.reader = model, tokenizer, name, reader
+        # who calls this from Python may read any file
+        self.image_root: Path | None = Path(Path.cwd().anchor)
+        self.image_limits = ImageLimits()
         self.options = default_options(model)
         self.terminators = add_answer_end(terminators(model.generation_config, tokenizer), tokenizer)
 
+    @property
+    def sees_images(self) -> bool:
+        """Whether messages may have images."""
+        return self.reader is not None
+
+    def prompt(self, messages: Messages, tools: str = "") -> Prompt:
+        """What the model is fed to answer `messages`, the same as in training.
+
+        Args:
+            tools: the functions that may be called: a JSON array of JSON schemas, as OpenAI's API has it.
+
+        Raises:
+            UsageError: the messages cannot be rendered, an image cannot be opened, or there are images and the model
+                reads text only.
+        """
+        given = parse_messages(messages)
+        return make_prompt(self.tokenizer, self.reader, given, tools, self.image_root, self.image_limits)
+
     def prompt_ids(self, messages: Messages) -> list[int]:
-        """The tokens the model is fed to answer `messages`, the same as in training."""
-        return render_prompt(self.tokenizer, parse_messages(messages))
+        """The tokens of `prompt`."""
+        return self.prompt(messages).ids
 
     def stream(
         self, messages: Messages, options: GenerationOptions | None = None, ending: Ending | None = None
@@ -69,16 +117,30 @@ class Assistant:
         yield text
 
     def _stream(self, messages: Sequence[Message], options: GenerationOptions, ending: Ending) -> Iterator[str]:
-        prompt = render_prompt(self.tokenizer, messages)
+        prompt = self.prompt(messages)
         return stream_text(self.model, self.tokenizer, prompt, options, self.terminators, ending)
 
     def chat(self, messages: Messages, options: GenerationOptions | None = None) -> str:
         """The answer to `messages`: a question, or a list of ``{"role": ..., "content": ...}``."""
         return decode_text(self.tokenizer, self.answer_ids(messages, options))
 
+    def chat_batch(
+        self, conversations: Sequence[Messages], options: GenerationOptions | None = None, batch_size: int = 8
+    ) -> list[str]:
+        """The answers to several questions or conversations, `batch_size` of them at a time.
+
+        Greedy, each is what `chat` gives for it alone, up to rounding.
+        """
+        options = options or self.options
+        if options.on_loop == "retry":
+            return ["".join(self.stream(messages, options)) for messages in conversations]
+        prompts = (self.prompt(messages) for messages in conversations)
+        answers = answer_prompts(self.model, self.tokenizer, prompts, options, self.terminators, batch_size)
+        return [decode_text(self.tokenizer, answer.ids) for answer in answers]
+
     def answer_ids(self, messages: Messages, options: GenerationOptions | None = None) -> list[int]:
         """The answer as token ids, without its terminator."""
-        return generate_ids(self.model, self.prompt_ids(messages), options or self.options, self.terminators)
+        return generate_ids(self.model, self.prompt(messages), options or self.options, self.terminators)
 
     def generate(self, text: str, options: GenerationOptions | None = None) -> str:
         """What the model writes after `text`, which is fed as it is, without a chat template."""
@@ -88,24 +150,48 @@ class Assistant:
 
 
 def parse_messages(messages: Messages) -> list[Message]:
-    """OpenAI's message dicts, or a single question, as `Message`s.
+    """What a caller gave as `Message`s (see `Messages`).
 
     Raises:
-        UsageError: a message lacks its role or content, or has an unknown role.
+        UsageError: a message lacks its role or content, has an unknown role, or a part that is not understood.
     """
     if isinstance(messages, str):
         return [Message("user", messages)]
-    parsed = []
-    for message in messages:
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES or not isinstance(content, str):
-            raise UsageError(
-                f"{dict(message)!r} was given; a message is {{'role': {'|'.join(ROLES)}, 'content': text}}."
-            )
-        parsed.append(Message(cast("Role", role), content))
-    if not parsed:
+    if not messages:
         raise UsageError("No messages were given; there is nothing to answer.")
-    return parsed
+    return [message if isinstance(message, Message) else _parse_message(message) for message in messages]
+
+
+def _parse_message(message: Mapping[str, Any]) -> Message:
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES or not isinstance(content, str | list | tuple):
+        raise UsageError(
+            f"{dict(message)!r} was given; a message is {{'role': {'|'.join(ROLES)}, 'content': text or parts}}."
+        )
+    if isinstance(content, str):
+        return Message(cast("Role", role), content)
+    try:
+        text, media = read_parts([_place_image(part) for part in content], "content", False, _ANY_PATH)
+    except Malformed as error:
+        raise UsageError(f"A message's content could not be read: {error}.") from error
+    return Message(cast("Role", role), text, media)
+
+
+# where paths may lead is checked when they are opened
+_ANY_PATH = ReadOptions(media_root=Path.cwd().anchor)
+
+
+def _place_image(part: Any) -> Any:
+    """A content part whose image is what messages hold: an absolute path, or a file's bytes in place of a PIL image."""
+    image = part.get("image") if isinstance(part, Mapping) else None
+    if isinstance(image, Path) or (isinstance(image, str) and "://" not in image and image[:5].lower() != "data:"):
+        return {**part, "image": str(Path(image).expanduser().absolute())} if str(image).strip() else part
+    if image is None or not hasattr(image, "convert"):
+        return part
+    file = io.BytesIO()
+    # PNG has no CMYK and the like
+    (image if image.mode in ("RGB", "RGBA", "L") else image.convert("RGB")).save(file, "PNG")
+    return {**part, "image": file.getvalue()}
 
 
 def load(
@@ -135,7 +221,20 @@ def load(
     if resolved.adapter:
         kinds.load(loaded, resolved.adapter)
     log.debug("%s", prepare_for_decoding(loaded, int8=int8))
-    return Assistant(loaded, load_tokenizer(resolved, trust_remote_code), resolved.name)
+    tokenizer = load_tokenizer(resolved, trust_remote_code)
+    return Assistant(loaded, tokenizer, resolved.name, load_reader(resolved, tokenizer, trust_remote_code))
+
+
+def load_reader(
+    resolved: Resolved, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
+) -> ImageReader | None:
+    """What prepares images for a model, in the way in which it was trained; None for one that reads text only.
+
+    Raises:
+        UsageError: the model sees, but its processor's files are missing or broken.
+    """
+    processor = load_processor(resolved, tokenizer, trust_remote_code)
+    return None if processor is None else ImageReader(processor, read_resizing(find_processor_folder(resolved)))
 
 
 def check_device(name: str) -> torch.device:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from lory.adapters.prompt import prompt_inputs, virtual_length
 from lory.config import Section, build
+from lory.data.vision.reader import Prompt, join_inputs
 from lory.runtime import LoryError, UsageError
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class GenerationOptions(Section):
         ge=0,
         le=1,
         description="Contrastive search over top_k candidates, and how much likeness to the text so far counts against "
-        "them; 0.7 with top_k 8 is a good choice. null: none.",
+        "them; 0.9 with top_k 4 is a good choice. null: none.",
     )
     on_loop: OnLoop = Field(
         "off",
@@ -65,6 +66,10 @@ class GenerationOptions(Section):
         "gets less likely), back_up (to where it began, and on in another way) or retry (with a changed prompt).",
     )
     seed: int | None = Field(None, description="Makes drawing repeatable.")
+
+
+Ids = Sequence[int] | Prompt
+"""What is continued: token ids, or a `Prompt` with images."""
 
 
 @dataclass
@@ -148,7 +153,7 @@ def decode_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> 
 
 def stream_steps(
     model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Ids],
     options: GenerationOptions,
     terminators: Sequence[int],
     watch: Watcher | None = None,
@@ -169,14 +174,14 @@ def stream_steps(
     from lory.decoding.loop import decode_steps
     from lory.models.lean import find_decoder
 
-    if not prompts or not all(prompts):
+    given = [prompt if isinstance(prompt, Prompt) else Prompt(list(prompt)) for prompt in prompts]
+    if not given or not all(prompt.ids for prompt in given):
         raise UsageError("An empty prompt was given; there is nothing to continue.")
-    length = max(len(prompt) for prompt in prompts)
+    length = max(len(prompt.ids) for prompt in given)
     arguments = generation_arguments(model, length + virtual_length(model), options, terminators)
-    # on the left, so that the answers begin side by side; with the prompt's own first token, since penalties see
-    # through the mask, and count this one anyway
-    rows = [[prompt[0]] * (length - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    # on the left, so that the answers begin side by side
+    rows = [[_pad(model, prompt.ids)] * (length - len(prompt.ids)) + prompt.ids for prompt in given]
+    mask = [[0] * (length - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in given]
     input_ids, attention_mask = (torch.tensor(values, device=model.device) for values in (rows, mask))
     generator = None
     if options.seed is not None:
@@ -184,20 +189,36 @@ def stream_steps(
         generator = torch.Generator(model.device).manual_seed(options.seed)
     with torch.inference_mode():
         inputs = prompt_inputs(model, input_ids, attention_mask)
+    inputs |= {name: _place(value, model) for name, value in join_inputs(given).items()}
     if processors := _own_processors(options, inputs["input_ids"].shape[1]):
         arguments["logits_processor"] = processors
     if options.penalty_alpha is not None:
         if options.do_sample:
             raise UsageError("Both penalty_alpha and do_sample were given; contrastive search draws nothing.")
+        if any(prompt.inputs for prompt in given):
+            raise UsageError("Contrastive search (penalty_alpha) is for texts; leave it out where there are images.")
         if watch is not None:
             raise UsageError("Contrastive search takes no guard against loops; set on_loop to off.")
-        return contrastive_steps(model, inputs, arguments, options.penalty_alpha, options.top_k)
+        return contrastive_steps(model, inputs, arguments, options.penalty_alpha, options.top_k, find_decoder(model))
     return decode_steps(model, inputs, arguments, generator, watch, logprobs, find_decoder(model))
+
+
+def _place(value: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
+    return value.to(model.device, model.dtype if value.is_floating_point() else None)
+
+
+def _pad(model: PreTrainedModel, ids: Sequence[int]) -> int:
+    """What a prompt is padded with: its own first token, since penalties see through the mask, and count it anyway.
+
+    (But no placeholder of an image, since there would be more of them than of the image's features.)
+    """
+    image = getattr(model.config, "image_token_id", None)
+    return next((token for token in ids if token != image), ids[0])
 
 
 def stream_ids(
     model: PreTrainedModel,
-    prompt_ids: Sequence[int],
+    prompt_ids: Ids,
     options: GenerationOptions,
     terminators: Sequence[int],
     guard: PolicyGuard | None = None,
@@ -241,7 +262,7 @@ def make_guard(
 def stream_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt_ids: Sequence[int],
+    prompt_ids: Ids,
     options: GenerationOptions,
     terminators: Sequence[int],
     ending: Ending | None = None,
@@ -271,7 +292,7 @@ def stream_text(
 
 
 def generate_ids(
-    model: PreTrainedModel, prompt_ids: Sequence[int], options: GenerationOptions, terminators: Sequence[int]
+    model: PreTrainedModel, prompt_ids: Ids, options: GenerationOptions, terminators: Sequence[int]
 ) -> list[int]:
     """The ids of one answer, without the prompt and without the terminator."""
     return list(stream_ids(model, prompt_ids, options, terminators))
@@ -279,7 +300,7 @@ def generate_ids(
 
 def generate_batch(
     model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Ids],
     options: GenerationOptions,
     terminators: Sequence[int],
 ) -> list[list[int]]:

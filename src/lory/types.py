@@ -107,6 +107,18 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
+class SampleImage:
+    """An image of a sample: where it is, not its pixels."""
+
+    source: str | bytes
+    """A path, a data URL, or the file's bytes."""
+    digest: bytes
+    """16 bytes that tell its pixels from others."""
+    size: tuple[int, int] | None = None
+    """Height and width that it was shrunk to, so that the sample fits; None: as large as the processor lets it be."""
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """A conversation as tokens: `labels` has the token where it is learnt and `IGNORE` elsewhere (same length)."""
 
@@ -114,6 +126,8 @@ class Sample:
     labels: tuple[int, ...]
     weights: tuple[float, ...] | None = None
     """How much each label counts in the loss (same length); None: 1 each."""
+    images: tuple[SampleImage, ...] = ()
+    """The images whose placeholders stand among the tokens, in their order."""
 
     @property
     def supervised(self) -> int:

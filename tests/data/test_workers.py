@@ -238,9 +238,9 @@ def test_a_source_without_a_sample_is_found_again(
 
 def test_processes_end_with_the_one_that_started_them() -> None:
     script = (
-        "import time\n"
+        "import time, types\n"
         "from lory.data.encoding.workers import _Encoders\n"
-        "encoders = _Encoders(None, 2)\n"
+        "encoders = _Encoders(types.SimpleNamespace(reader=None), 2)\n"
         "for _ in range(2):\n"
         "    encoders.submit([])\n"
         "encoders.pool.submit(time.sleep, 0).result()\n"

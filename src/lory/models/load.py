@@ -1,4 +1,4 @@
-"""Loading a causal language model and its tokenizer, with the errors a user can act on."""
+"""Loading a model that writes text and its tokenizer, with the errors a user can act on."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from pydantic import Field
 
+from lory.architectures import find_model_class, is_vision_config
 from lory.config import Section
 from lory.models.quantize import Quantization, prepare_for_training, quantized_arguments
 from lory.models.resolve import Resolved
+from lory.models.vision import PROCESSOR_FILES, build_processor, has_processor
 from lory.runtime import UsageError
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        GenerationConfig,
+        PreTrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        ProcessorMixin,
+    )
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -30,6 +38,11 @@ class ModelConfig(Section):
         None,
         description="Hold the base's linear layers in few bits: nf4 (about 6 bits: NF4 where a layer widens, else "
         "int8), nf4-pure (4.1 bits) or int8; what is trained on top stays in higher precision. Needs bitsandbytes.",
+    )
+    fp8: bool = Field(
+        False,
+        description="Hold and multiply the base's frozen linear layers in FP8 while training; needs an NVIDIA GPU from "
+        "Hopper on (compute capability 9.0).",
     )
     template: str = Field(
         "auto",
@@ -67,7 +80,7 @@ def load_model(
     trust_remote_code: bool = False,
     quantize: Quantization | None = None,
 ) -> PreTrainedModel:
-    """The base model of `resolved` on `device`, in eval mode, without its adapter.
+    """The base model of `resolved` on `device`, in eval mode, without its adapter; one that sees with its tower.
 
     Args:
         dtype: precision of the weights, or of those that are not quantized.
@@ -77,7 +90,6 @@ def load_model(
         UsageError: the folder is not a causal language model that transformers knows, or its files are broken.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     device = device or default_device()
@@ -90,7 +102,7 @@ def load_model(
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = find_model_class(config).from_pretrained(
             path,
             config=config,
             dtype=precision,
@@ -118,6 +130,46 @@ def load_tokenizer(resolved: Resolved, trust_remote_code: bool = False) -> PreTr
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, RuntimeError) as error:
         raise UsageError(f"The tokenizer in {path} could not be loaded: {first_line(error)}") from error
+
+
+def load_processor(
+    resolved: Resolved, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
+) -> ProcessorMixin | None:
+    """The processor that turns images and text into what the model is fed; None for a model that reads text only.
+
+    It is the one in `find_processor_folder`, around `tokenizer`, which gets its chat template if it has none itself.
+    Images are handled by Pillow, whether torchvision is there or not, so that they give the same pixels everywhere.
+
+    Raises:
+        UsageError: the model sees, but its processor's files are missing or broken.
+    """
+    config = load_config(resolved.base_path, trust_remote_code)
+    if not is_vision_config(config):
+        return None
+    path = find_processor_folder(resolved)
+    try:
+        processor = build_processor(path, config, tokenizer)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise UsageError(f"The image processor in {path} could not be loaded: {first_line(error)}") from error
+    template = getattr(processor, "chat_template", None)
+    if not tokenizer.chat_template and isinstance(template, str):
+        tokenizer.chat_template = template
+    return processor
+
+
+def find_processor_folder(resolved: Resolved) -> Path:
+    """Where the model's processor is: saved with the adapter, else with the base.
+
+    Raises:
+        UsageError: in neither.
+    """
+    for folder in (resolved.tokenizer_path, resolved.base_path):
+        if has_processor(folder):
+            return folder
+    raise UsageError(
+        f"{resolved.base_path} is a model that sees, but has no {' or '.join(PROCESSOR_FILES)}, which says how images "
+        "are prepared; fetch the model again."
+    )
 
 
 def load_config(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lory.architectures import find_model_class
 from lory.models.load import first_line, load_config
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ def make_empty(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrain
         NotStreamable: it is quantized, is no causal language model, or keeps a part of itself in another precision.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     config = load_config(path)
     if getattr(config, "quantization_config", None):
@@ -35,7 +35,7 @@ def make_empty(path: Path, dtype: torch.dtype, device: torch.device) -> PreTrain
     try:
         # not torch.device("meta"), which would leave the buffers without values, too
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: PreTrainedModel = find_model_class(config).from_config(config, dtype=dtype)
     except (ValueError, RuntimeError) as error:
         raise NotStreamable(f"it cannot be made without its weights ({first_line(error)})") from error
     if dtype != torch.float32 and (model._keep_in_fp32_modules or model._keep_in_fp32_modules_strict):

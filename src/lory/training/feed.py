@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lory.adapters.virtual_tokens import Leading
 from lory.data.encoding.samples import Samples
@@ -15,6 +16,9 @@ from lory.runtime import log
 from lory.training.checkpoint import Position
 from lory.training.plan import Plan, fold, make_batch, plan_rows
 from lory.types import Sample
+
+if TYPE_CHECKING:
+    from lory.training.sight import Sight
 
 
 class Feed(Protocol):
@@ -30,6 +34,9 @@ class Feed(Protocol):
 
     def advance(self, position: Position) -> None:
         """Move `position` behind that step."""
+
+    def look_ahead(self, position: Position) -> Position | None:
+        """What `position` will be after its step; None where that is not known, or is costly to find out."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,46 @@ class SampleFeed:
         if position.step_in_epoch == self.plan.steps_per_epoch:
             position.epoch, position.step_in_epoch = position.epoch + 1, 0
 
+    def look_ahead(self, position: Position) -> Position | None:
+        following = replace(position)
+        self.advance(following)
+        return following if following.step < self.total_steps else None
+
+
+class SeeingFeed:
+    """A feed whose images are decoded while the step before is computed."""
+
+    def __init__(self, feed: Feed, sight: Sight) -> None:
+        self.feed, self.sight, self.total_steps = feed, sight, feed.total_steps
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="lory-feed")
+        self._ahead: tuple[tuple[int, int], Future[list[Batch]]] | None = None
+
+    def take(self, position: Position, rank: int) -> list[Batch]:
+        if self._ahead is not None and self._ahead[0] == (position.step, rank):
+            batches = self._ahead[1].result()
+        else:
+            batches = self._load(position, rank)
+        self._ahead = None
+        if (following := self.feed.look_ahead(position)) is not None:
+            self._ahead = (following.step, rank), self._pool.submit(self._load, following, rank)
+        return batches
+
+    def _load(self, position: Position, rank: int) -> list[Batch]:
+        return [self.sight.load(batch) for batch in self.feed.take(position, rank)]
+
+    def samples(self, position: Position, rank: int) -> list[Sample]:
+        return self.feed.samples(position, rank)
+
+    def advance(self, position: Position) -> None:
+        self.feed.advance(position)
+
+    def look_ahead(self, position: Position) -> Position | None:
+        return self.feed.look_ahead(position)
+
+    def close(self) -> None:
+        """Wait for what is under way."""
+        self._pool.shutdown(cancel_futures=True)
+
 
 class StreamFeed:
     """Windows of a stream, each in an order of its own."""
@@ -115,6 +162,12 @@ class StreamFeed:
                 for reason, count in source["dropped"].items():
                     log.info("%s: %d of %d records dropped: %s", source["name"], count, source["read_so_far"], reason)
             position.epoch, position.window, position.window_starts = position.epoch + 1, 0, ()
+
+    def look_ahead(self, position: Position) -> Position | None:
+        # the next window is read when it is its turn
+        if position.step_in_epoch + 1 >= self.plan.steps_per_epoch or position.step + 1 >= self.total_steps:
+            return None
+        return replace(position, step=position.step + 1, step_in_epoch=position.step_in_epoch + 1)
 
     def _load(self, starts: tuple[int, ...]) -> Window:
         if self._window is None or self._starts != starts:

@@ -10,22 +10,26 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from lory.data.encoding.encode import Encoder
+from lory.data.encoding.pictures import ImageRules
 from lory.data.encoding.store import SUMMARY, Store, Summary, Writer
 from lory.data.encoding.workers import encode_all
 from lory.data.sources.read import SourceConfig, SourceReader, open_source
 from lory.runtime import LoryError, cache_folder, lock_file, log, write_aside
 
 # Raise it when reading, conversion or encoding change, so that old stores are not used
-_VERSION = 2
+_VERSION = 3
 _MOST_BYTES = 20 * 2**30
 """When the cache holds more, the stores that were not used for the longest time are deleted."""
 _DAY = 24 * 3600
+_MOST_TOLD = 20
+"""How many broken images are told of one by one in data.json."""
 
 
 def encode_source(config: SourceConfig, encoder: Encoder, use_cache: bool, workers: int | None) -> Store:
@@ -39,6 +43,7 @@ def encode_source(config: SourceConfig, encoder: Encoder, use_cache: bool, worke
         UsageError: bad data; the sentence names file and line.
     """
     reader = open_source(config)
+    encoder = encoder.with_rules(find_rules([reader], encoder.rules))
     if not use_cache:
         return _encode_for_now(config, reader, encoder, workers)
     key = _find_key(config, reader, encoder)
@@ -63,11 +68,20 @@ def encode_source(config: SourceConfig, encoder: Encoder, use_cache: bool, worke
         return Store(folder, config.path)
 
 
+def find_rules(readers: Sequence[SourceReader], rules: ImageRules) -> ImageRules:
+    """Which images the records of these sources may name."""
+    roots = dict.fromkeys(Path(reader.media_root or ".") for reader in readers)
+    drops = all(reader.config.on_bad == "drop" for reader in readers)
+    return replace(rules, roots=tuple(roots), on_bad="drop" if drops else "error")
+
+
 def _find_stored(folder: Path, config: SourceConfig) -> Store | None:
     if not (folder / SUMMARY).exists():
         return None
     with contextlib.suppress(LoryError):  # a damaged one is made anew
         store = Store(folder, config.path)
+        if not store.images.is_current():
+            return None
         with contextlib.suppress(OSError):  # somebody else's cache may be read, but not marked as used
             os.utime(folder)
         return store
@@ -92,12 +106,20 @@ def _encode_for_now(config: SourceConfig, reader: SourceReader, encoder: Encoder
 def _encode_into(
     folder: Path, config: SourceConfig, reader: SourceReader, encoder: Encoder, workers: int | None
 ) -> None:
-    encoder.notes = Counter()
     with Writer(folder, config.path) as writer:
         encode_all(reader, encoder, writer, workers)
-        notes = [*reader.notes, *(f"{what}: {count}" for what, count in encoder.notes.items())]
+        notes = [*reader.notes, *list_notes(encoder.notes)]
         dropped = Counter(reader.dropped) + writer.dropped
         writer.finish(Summary(reader.read, dropped, notes, reader.fingerprint, hash_tokenizer(encoder)))
+
+
+def list_notes(notes: Counter[str]) -> list[str]:
+    """An encoder's notes as sentences."""
+    counted = [f"{what}: {count}" for what, count in notes.items() if not what.endswith(".")]
+    # whole sentences are about one record each
+    told = [what for what in notes if what.endswith(".")]
+    more = [f"and {len(told) - _MOST_TOLD} more"] if len(told) > _MOST_TOLD else []
+    return [*counted, *told[:_MOST_TOLD], *more]
 
 
 @contextlib.contextmanager
@@ -131,6 +153,10 @@ def _find_key(config: SourceConfig, reader: SourceReader, encoder: Encoder) -> s
         "terminators": encoder.terminators,
         "rules": [encoder.max_tokens, encoder.on_long, encoder.loss_on],
     }
+    if encoder.reader is not None:
+        # texts are the same wherever they lie, but images are found from where they lie
+        parts["images"] = [encoder.reader.describe(), os.path.abspath(reader.media_root or ".")]
+        parts["limits"] = str(encoder.rules.limits)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 

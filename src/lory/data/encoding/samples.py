@@ -20,6 +20,7 @@ class Samples(Sequence[Sample]):
     Attributes:
         lengths: (samples) tokens of each.
         supervised: (samples) learnt tokens of each.
+        image_counts: (samples) images of each.
     """
 
     def __init__(self, stores: Sequence[Store], sources: Array, indices: Array) -> None:
@@ -27,11 +28,12 @@ class Samples(Sequence[Sample]):
         import numpy as np
 
         self.stores, self.sources, self.indices = stores, sources, indices
-        self.lengths, self.supervised = (np.zeros(len(indices), dtype=np.int64) for _ in range(2))
+        self.lengths, self.supervised, self.image_counts = (np.zeros(len(indices), dtype=np.int64) for _ in range(3))
         for number, store in enumerate(stores):
             mine = sources == number
             self.lengths[mine] = store.lengths[indices[mine]]
             self.supervised[mine] = store.supervised[indices[mine]]
+            self.image_counts[mine] = store.image_counts[indices[mine]]
 
     def __len__(self) -> int:
         return len(self.indices)

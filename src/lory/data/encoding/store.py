@@ -1,22 +1,23 @@
 """Encoded samples on disk: written chunk by chunk, read through a memory map, so that no set is too large for memory.
 
-A store is a folder of two Arrow files. `samples.arrow` has a row a sample; `conversations.arrow` a row a conversation,
-which says which samples are its own. Equal conversations share their samples, so a record that is repeated ten thousand
-times is encoded and stored once.
+A store is a folder of three Arrow files. `samples.arrow` has a row a sample; `conversations.arrow` a row a
+conversation, which says which samples are its own; `images.arrow` a row an image: its place, not its pixels. Equal
+conversations share their samples, so a record that is repeated ten thousand times is encoded and stored once.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from lory.runtime import LoryError, explain_os_error, read_json, write_json
+from lory.data.encoding.arrow_table import Table, read_table
+from lory.data.encoding.image_table import ImageTable, ImageWriter
+from lory.runtime import LoryError, read_json, write_json
 from lory.types import IGNORE, Conversation, Sample
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 SAMPLES, CONVERSATIONS, SUMMARY = "samples.arrow", "conversations.arrow", "summary.json"
 _INSIDE = "\x00"
 """Stands in a stored place for what the source is called."""
+_ROWS = 1024
+"""In a batch of a file."""
 _REMEMBERED = 100_000
 """How many conversations are remembered, to find equal ones before they are encoded."""
 
@@ -36,6 +39,8 @@ class Encoded:
 
     samples: tuple[Sample, ...]
     dropped: str = ""
+    broken: str = ""
+    """The path of the image for which it was dropped."""
 
 
 @dataclass
@@ -84,7 +89,8 @@ class Writer:
         import pyarrow
 
         self.folder, self.origin = folder, origin
-        self._samples = _Table(
+        self._images = ImageWriter(folder)
+        self._samples = Table(
             folder / SAMPLES,
             pyarrow.schema(
                 [
@@ -93,10 +99,13 @@ class Writer:
                     ("spans", pyarrow.list_(pyarrow.int32())),
                     # a weight for each stretch; none when all are 1
                     ("weights", pyarrow.list_(pyarrow.float32())),
+                    # numbers in the table of images
+                    ("images", pyarrow.list_(pyarrow.int32())),
                 ]
             ),
+            _ROWS,
         )
-        self._conversations = _Table(
+        self._conversations = Table(
             folder / CONVERSATIONS,
             pyarrow.schema(
                 [
@@ -108,6 +117,7 @@ class Writer:
                     ("dropped", pyarrow.string()),
                 ]
             ),
+            _ROWS,
         )
         self._known: OrderedDict[bytes, tuple[int, int, str]] = OrderedDict()
         self._next = 0
@@ -120,8 +130,12 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         self._samples.close()
         self._conversations.close()
+        self._images.close()
 
     def knows(self, digest: bytes) -> bool:
         """Whether an equal conversation is stored already, as far as that is remembered."""
@@ -135,7 +149,9 @@ class Writer:
                 self._known.popitem(last=False)
             for sample in encoded.samples:
                 spans, weights = _find_spans(sample)
-                self._samples.append((sample.input_ids, spans, weights))
+                self._samples.append((sample.input_ids, spans, weights, self._images.add(sample.images)))
+            if encoded.broken:
+                self._images.add_broken(encoded.broken)
             self._next += len(encoded.samples)
         first, count, dropped = self._known[digest]
         question, where = digest_question(conversation), conversation.where
@@ -148,67 +164,9 @@ class Writer:
 
     def finish(self, summary: Summary) -> None:
         """Write the summary last: a store without one is not whole."""
-        self._samples.close()
-        self._conversations.close()
+        self._close()
         values = {**vars(summary), "dropped": dict(summary.dropped)}
         write_json(self.folder / SUMMARY, values)
-
-
-class _Table:
-    """An Arrow file that is written a batch of rows at a time."""
-
-    _BATCH = 1024
-
-    def __init__(self, path: Path, schema: pyarrow.Schema) -> None:
-        import pyarrow
-
-        self.path, self.schema = path, schema
-        self._sink = pyarrow.OSFile(str(path), "wb")
-        self._writer = pyarrow.ipc.new_file(self._sink, schema)
-        self._rows: list[tuple[Any, ...]] = []
-
-    def append(self, row: tuple[Any, ...]) -> None:
-        self._rows.append(row)
-        if len(self._rows) == self._BATCH:
-            self._flush()
-
-    def _flush(self) -> None:
-        import pyarrow
-
-        if not self._rows:
-            return
-        columns = [
-            _to_array(values, kind)
-            for values, kind in zip(zip(*self._rows, strict=True), self.schema.types, strict=True)
-        ]
-        self._rows = []
-        try:
-            self._writer.write_batch(pyarrow.record_batch(columns, schema=self.schema))
-        except OSError as error:
-            raise explain_os_error(error, f"write {self.path}") from error
-
-    def close(self) -> None:
-        if self._sink.closed:
-            return
-        try:
-            self._flush()
-            self._writer.close()
-        except OSError as error:
-            raise explain_os_error(error, f"write {self.path}") from error
-        finally:
-            self._sink.close()
-
-
-def _to_array(values: Sequence[Any], kind: pyarrow.DataType) -> pyarrow.Array:
-    import numpy as np
-    import pyarrow
-
-    if not pyarrow.types.is_list(kind):
-        return pyarrow.array(values, kind)
-    # several times as fast as letting Arrow look at every number
-    ends = np.cumsum([0, *map(len, values)], dtype=np.int32)
-    flat = np.fromiter(itertools.chain.from_iterable(values), kind.value_type.to_pandas_dtype(), int(ends[-1]))
-    return pyarrow.ListArray.from_arrays(ends, flat)
 
 
 def _find_spans(sample: Sample) -> tuple[list[int], list[float]]:
@@ -237,8 +195,9 @@ class Store:
         try:
             values = read_json(folder / SUMMARY)
             self.summary = Summary(**{**values, "dropped": Counter(values["dropped"])})
-            self._samples = pyarrow.ipc.open_file(pyarrow.memory_map(str(folder / SAMPLES)))
-            self._conversations = pyarrow.ipc.open_file(pyarrow.memory_map(str(folder / CONVERSATIONS)))
+            self._samples = read_table(folder / SAMPLES)
+            self._conversations = read_table(folder / CONVERSATIONS)
+            self.images = ImageTable(folder)
         except (OSError, pyarrow.ArrowException, KeyError, TypeError) as error:
             raise LoryError(f"{folder} is no whole store of samples: {error}.") from error
         self.folder, self.origin = folder, origin
@@ -247,7 +206,7 @@ class Store:
     def _measure(self) -> None:
         import numpy as np
 
-        lengths, supervised, starts = [], [], [0]
+        lengths, supervised, seen, starts = [], [], [], [0]
         for batch in self._batches():
             ids, spans = batch.column("input_ids"), batch.column("spans")
             lengths.append(np.diff(ids.offsets))
@@ -255,10 +214,12 @@ class Store:
             # the first token of a sample has nothing before it to be predicted from
             learnt = np.concatenate([[0], np.cumsum(borders[1::2] - np.maximum(borders[::2], 1))])
             supervised.append(np.diff(learnt[ends // 2]))
+            seen.append(np.diff(batch.column("images").offsets))
             starts.append(starts[-1] + len(ids))
         empty = np.zeros(0, dtype=np.int64)
         self.lengths: np.ndarray[Any, Any] = np.concatenate([empty, *lengths])
         self.supervised: np.ndarray[Any, Any] = np.concatenate([empty, *supervised])
+        self.image_counts: np.ndarray[Any, Any] = np.concatenate([empty, *seen])
         self._starts = starts
         self.first = self._column("first")
         self.count = self._column("count")
@@ -292,7 +253,7 @@ class Store:
 
     def sample(self, index: int) -> Sample:
         """A sample by its number."""
-        batch, row = divmod(index, _Table._BATCH)
+        batch, row = divmod(index, _ROWS)
         columns = self._samples.get_batch(batch)
         ids: tuple[int, ...] = tuple(columns.column("input_ids")[row].values.to_pylist())
         spans: list[int] = columns.column("spans")[row].values.to_pylist()
@@ -303,19 +264,20 @@ class Store:
             labels[start:end] = ids[start:end]
             if weights is not None:
                 weights[start:end] = [given[number]] * (end - start)
-        return Sample(ids, tuple(labels), None if weights is None else tuple(weights))
+        images = tuple(self.images[number] for number in columns.column("images")[row].values.to_pylist())
+        return Sample(ids, tuple(labels), None if weights is None else tuple(weights), images)
 
     def ids(self, indices: np.ndarray[Any, Any]) -> Iterator[list[np.ndarray[Any, Any]]]:
         """Token ids of some samples (ascending numbers), a list of arrays for each stretch of the file."""
         import numpy as np
 
         for number in range(self._samples.num_record_batches):
-            first, last = np.searchsorted(indices, [number * _Table._BATCH, (number + 1) * _Table._BATCH])
+            first, last = np.searchsorted(indices, [number * _ROWS, (number + 1) * _ROWS])
             if first == last:
                 continue
             column = self._samples.get_batch(number).column("input_ids")
             values, offsets = np.asarray(column.values), np.asarray(column.offsets)
-            rows = indices[first:last] - number * _Table._BATCH
+            rows = indices[first:last] - number * _ROWS
             yield [values[offsets[row] : offsets[row + 1]] for row in rows.tolist()]
 
     def reasons(self) -> list[str | None]:
@@ -325,6 +287,6 @@ class Store:
 
     def place(self, conversation: int) -> str:
         """Where a conversation was read."""
-        batch, row = divmod(conversation, _Table._BATCH)
+        batch, row = divmod(conversation, _ROWS)
         where = str(self._conversations.get_batch(batch).column("where")[row].as_py())
         return self.origin + where[1:] if where.startswith(_INSIDE) else where

@@ -99,7 +99,11 @@ class _Encoders:
         self.method = "fork" if sys.platform == "linux" else "spawn"
         cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
         self.count = cores if workers is None else workers
-        self.patience = _WORTH_PROCESSES if workers is None else 0
+        if encoder.reader is not None and self.method == "spawn":
+            self.count = 1  # a processor's class cannot be sent to another process
+        # images take a hundred times as long as texts
+        patience = _WORTH_PROCESSES if encoder.reader is None else _WORTH_PROCESSES // 100
+        self.patience = patience if workers is None else 0
         self.pool: Executor | None = None
         self._stack = contextlib.ExitStack()
 

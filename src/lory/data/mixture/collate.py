@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from lory.types import IGNORE, Sample
+from lory.types import IGNORE, Sample, SampleImage
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,12 @@ class Batch:
     """The documents are continuations that the model wrote itself; `weights` is 1 where they repeat themselves."""
     learnt: int = 0
     """How many tokens are learnt, those of a folded sample as often as it is there."""
+    images: tuple[tuple[SampleImage, ...], ...] = ()
+    """The images of each document."""
+    pixels: Mapping[str, Tensor] | None = None
+    """What the model's tower takes of `pixel_images`; None: it is not prepared."""
+    pixel_images: tuple[SampleImage, ...] = ()
+    """Those of `images` that the tower has to see."""
 
     @property
     def weight(self) -> float:
@@ -76,6 +82,7 @@ def collate(
     # the label of the next token; the document's last token predicts nothing
     targets = [torch.tensor([*sample.labels[1:], IGNORE]) for sample in samples]
     times = tuple(counts or [1] * len(samples))
+    images = tuple(sample.images for sample in samples)
     learnt = sum(count * sample.supervised for count, sample in zip(times, samples, strict=True))
     weights = None
     folded = any(count != 1 for count in times)
@@ -84,13 +91,13 @@ def collate(
     if not padded:
         row = None if weights is None else torch.cat(weights)[None]
         batch = Batch(torch.cat(ids)[None], torch.cat(targets)[None], seq_lens, None, row)
-        return replace(batch, counts=times if folded else None, learnt=learnt)
+        return replace(batch, counts=times if folded else None, learnt=learnt, images=images)
     pad = torch.nn.utils.rnn.pad_sequence
     input_ids = pad(ids, batch_first=True, padding_value=pad_id)
     mask = (torch.arange(input_ids.shape[1])[None] < seq_lens[:, None]).long()
     rows = None if weights is None else pad(weights, batch_first=True)
     batch = Batch(input_ids, pad(targets, batch_first=True, padding_value=IGNORE), seq_lens, mask, rows)
-    return replace(batch, counts=times if folded else None, learnt=learnt)
+    return replace(batch, counts=times if folded else None, learnt=learnt, images=images)
 
 
 def _weigh(sample: Sample, count: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pydantic import Field, model_validator
 from lory.config import Section
 from lory.data.encoding.cache import encode_source
 from lory.data.encoding.encode import Encoder, LossOn, OnLong
+from lory.data.encoding.pictures import ImageRules
 from lory.data.encoding.samples import Samples, count_up
 from lory.data.encoding.store import Store
 from lory.data.mixture.duplicates import Duplicates, find_first, find_near_duplicates
@@ -21,6 +23,8 @@ from lory.data.mixture.mixing import Mixing, mix
 from lory.data.mixture.split import HELD_OUT, exclude_questions, split_questions
 from lory.data.mixture.stream import Stream
 from lory.data.sources.read import SourceConfig
+from lory.data.vision.images import ImageLimits
+from lory.data.vision.reader import ImageReader
 from lory.runtime import UsageError
 
 if TYPE_CHECKING:
@@ -28,6 +32,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     Array = np.ndarray[Any, Any]
+
+
+def _from_environment(name: str) -> int | None:
+    value = os.environ.get(name, "").strip()
+    if not value:
+        return None
+    if not value.isdecimal():
+        raise ValueError(f"the environment's {name} is '{value}', but a whole number of pixels is expected")
+    return int(value)
 
 
 class DataConfig(Section):
@@ -41,7 +54,8 @@ class DataConfig(Section):
     max_tokens: int = Field(1024, ge=8, description="Longest sample, and the length of a packed row, in tokens.")
     on_long: OnLong = Field(
         "drop",
-        description="What happens to a longer sample: drop, cut_prompt (its answer stays whole) or error.",
+        description="What happens to a longer sample: drop, cut_prompt (its answer stays whole), shrink_images (they "
+        "are made smaller until it fits) or error.",
     )
     loss_on: LossOn = Field(
         "assistant",
@@ -66,6 +80,31 @@ class DataConfig(Section):
     )
     window_samples: int = Field(
         20_000, ge=1, description="Conversations of a stream that are packed and shuffled together."
+    )
+    max_pixels: int | None = Field(
+        default_factory=lambda: _from_environment("MAX_PIXELS"),
+        ge=1,
+        description="Images with more pixels are shrunk to so many; null: what the environment's MAX_PIXELS says, else "
+        "what the model's processor does.",
+    )
+    min_pixels: int | None = Field(
+        default_factory=lambda: _from_environment("MIN_PIXELS"),
+        ge=1,
+        description="Images with fewer pixels are enlarged to so many; null: as for max_pixels, with MIN_PIXELS.",
+    )
+    size_factor: int | None = Field(
+        default_factory=lambda: _from_environment("SIZE_FACTOR"),
+        ge=1,
+        description="Sides of images are made multiples of so many pixels; null: as for max_pixels, with SIZE_FACTOR.",
+    )
+    image_cache_gb: float = Field(
+        20.0,
+        ge=0,
+        description="Disk for what a frozen vision tower made of the images, so that each is encoded once, in GB; 0 "
+        "encodes them in every epoch.",
+    )
+    fetch_images: bool = Field(
+        False, description="Fetch images whose records name them by a web address; otherwise such records are bad."
     )
     cache: bool = Field(True, description="Keep encoded data in lory's cache, for the next run on the same data.")
     workers: int | None = Field(
@@ -133,6 +172,7 @@ class EncodedSource:
             "samples": {"train": len(_expand(store, self.train)), "eval": len(_expand(store, self.eval))},
             "tokens": int(lengths.sum()),
             "supervised_tokens": int(store.supervised[used].sum()),
+            "images": int(store.image_counts[used].sum()),
             "lengths": describe_lengths(lengths),
             "fingerprint": store.summary.fingerprint,
         }
@@ -194,18 +234,24 @@ class Dataset:
 
 
 def build_dataset(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, terminators: Sequence[int], seed: int
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    terminators: Sequence[int],
+    seed: int,
+    reader: ImageReader | None = None,
 ) -> Dataset:
     """Read, split and encode all sources.
 
     Args:
         terminators: token ids that end an answer, the first of which is written where a template has none.
         seed: picks the conversations that are kept for evaluation, and those that mixing leaves out.
+        reader: of a model that sees.
 
     Raises:
         UsageError: bad data, or nothing left to learn.
     """
-    encoder = Encoder(tokenizer, terminators, config.max_tokens, config.on_long, config.loss_on)
+    rules = ImageRules(limits=ImageLimits(allow_urls=config.fetch_images))
+    encoder = Encoder(tokenizer, terminators, config.max_tokens, config.on_long, config.loss_on, reader, rules)
     if config.streaming:
         return _open_stream(config, encoder, seed)
     train = [_encode(name, source, encoder, config) for name, source in _name_sources(config.train)]

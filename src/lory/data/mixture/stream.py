@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lory.data.encoding.cache import find_rules
 from lory.data.encoding.encode import Encoder
 from lory.data.encoding.samples import Samples, count_up
 from lory.data.encoding.store import Store, Summary, Writer, digest_question
@@ -124,6 +125,7 @@ class Stream:
 
     def _mix(self, starts: tuple[int, ...]) -> Iterator[Conversation]:
         self.readers = [open_source(source, start) for source, start in zip(self.sources, starts, strict=True)]
+        self.encoder = self.encoder.with_rules(find_rules(self.readers, self.encoder.rules))
         self.lost = [Counter() for _ in self.readers]
         for owner, conversation in self._choose():
             if self.held_out and digest_question(conversation) in self.held_out:

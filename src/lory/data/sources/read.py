@@ -97,6 +97,11 @@ class SourceReader:
         return combine_fingerprints([content, self._origin.mark]) if self._origin.mark else content
 
     @property
+    def media_root(self) -> str:
+        """The folder that paths of images, sounds and videos start from; empty: the working one."""
+        return self._options.media_root
+
+    @property
     def reading(self) -> str:
         """How the content is read, as far as the files' names decide that."""
         return self._origin.rows.reading
