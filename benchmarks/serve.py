@@ -88,14 +88,14 @@ class Server:
 
         return float(psutil.Process(self.process.pid).memory_info().rss / 1e6)
 
-    def measure(self, models: list[str], tokens: int) -> float:
-        """Tokens per second of one client for each of `models`, all at a time."""
+    def measure(self, models: list[str], tokens: int, **more: Any) -> float:
+        """Tokens per second of one client for each of `models`, all at a time; `more` are fields of the request."""
 
         async def ask_all() -> int:
             import httpx
 
             async with httpx.AsyncClient(timeout=600) as client:
-                bodies = [ask(model, QUESTIONS[i % len(QUESTIONS)], tokens) for i, model in enumerate(models)]
+                bodies = [ask(model, QUESTIONS[i % len(QUESTIONS)], tokens, **more) for i, model in enumerate(models)]
                 answers = await asyncio.gather(
                     *(client.post(f"{self.url}/v1/chat/completions", json=body) for body in bodies)
                 )
@@ -207,6 +207,7 @@ def measure(server: Server, peer: Transformers, clients: list[int], tokens: int,
         said |= {f"{count} clients": server.measure(["smollm2"] * count, tokens) for count in clients}
         said["8 clients, one adapter"] = server.measure([own[0]] * 8, tokens)
         said["8 clients, 8 adapters"] = server.measure(own, tokens)
+        said["1 client, contrastive search"] = server.measure(["smollm2"], tokens, penalty_alpha=0.9, top_k=4)
         for name, speed in said.items():
             speeds.setdefault(name, [])
             if turn:
@@ -258,7 +259,7 @@ def main() -> None:
         print(json.dumps(result))
         return
     for name, speed in result["tokens_per_second"].items():
-        print(f"{name:<26}{speed:8.1f} tokens/s")
+        print(f"{name:<32}{speed:8.1f} tokens/s")
     for name, ratio in result["ratios"].items():
         print(f"{name:<34}{ratio:6.2f}")
     if "load" in result:

@@ -11,6 +11,10 @@ import openai
 import pytest
 from tests.server.conftest import Server
 
+import lory
+from lory.generate import GenerationOptions
+from lory.server.exchange import _write_event
+
 MESSAGES: Any = [{"role": "user", "content": "Who are you?"}]
 
 
@@ -113,6 +117,66 @@ def test_texts_are_continued(client: openai.OpenAI) -> None:
     assert scored.choices[0].finish_reason == "length"
 
 
+def test_an_echo_is_the_prompt_as_it_was_given(client: openai.OpenAI) -> None:
+    for prompt in ("<|im_start|>user  \n Hi<|im_end|>", [1, 40, 41, 2]):
+        options: Any = {"model": "tiny", "prompt": prompt, "max_tokens": 3, "temperature": 0, "logprobs": 1}
+        whole = client.completions.create(**options, echo=True).choices[0]
+        said = client.completions.create(**options).choices[0]
+        shown = prompt if isinstance(prompt, str) else "".join(whole.logprobs.tokens[:4])
+        assert whole.text == shown + said.text
+        assert "".join(whole.logprobs.tokens) == whole.text
+        assert whole.logprobs.text_offset[-1] == len(shown) + said.logprobs.text_offset[-1]
+        # the prompt's first token follows nothing; the answer's are as likely as without the echo
+        assert whole.logprobs.token_logprobs[-3:] == pytest.approx(said.logprobs.token_logprobs, abs=1e-4)
+        chunks = list(client.completions.create(**options, echo=True, stream=True))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == whole.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"suffix": "the end"}, "'suffix' is given, which this server does not do"),
+        ({"best_of": 3}, "best_of"),
+        ({"prompt": []}, "0 prompts were given"),
+        ({"prompt": [[]]}, "The prompt is empty"),
+        ({"prompt": ""}, "The prompt is empty"),
+        ({"prompt": [5, 320]}, "a token above 319"),
+        ({"prompt": [5, -1]}, "prompt"),
+        ({"prompt": [5] * 600}, "600 tokens; at most 511"),
+        ({"max_tokens": 0}, "only makes sense with echo"),
+    ],
+)
+def test_what_is_wrong_with_a_text_is_said(server: Server, changes: dict[str, Any], sentence: str) -> None:
+    answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "The fox", "max_tokens": 2} | changes)
+    assert answer.status_code == 400
+    assert sentence in answer.json()["error"]["message"]
+
+
+def test_null_is_as_if_it_were_left_out(server: Server) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 5, "temperature": 0}
+    nulls = dict.fromkeys(("n", "stream", "stop", "presence_penalty", "logprobs", "tools", "seed", "stream_options"))
+    texts = [
+        httpx.post(f"{server.url}/v1/chat/completions", json=given).json()["choices"] for given in (body, body | nulls)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_a_search_is_asked_for_by_its_alpha(client: openai.OpenAI, server: Server) -> None:
+    assistant = lory.load(server.catalogue.model.name_or_path)
+    options = GenerationOptions(penalty_alpha=0.6, top_k=5, max_new_tokens=12)
+    searched = ask(client, extra_body={"penalty_alpha": 0.6, "top_k": 5})
+    assert searched.choices[0].message.content == assistant.chat(MESSAGES, options)
+    assert searched.choices[0].message.content != ask(client).choices[0].message.content
+    none = ask(client, extra_body={"penalty_alpha": 0, "top_k": 5})
+    assert none.choices[0].message.content == ask(client).choices[0].message.content
+
+
+def test_lines_of_a_stream_end_where_its_events_do() -> None:
+    event = _write_event({"text": "\u2028\x85\r\n\x0b你"})
+    assert event.isascii()
+    assert event.decode().splitlines() == [event.decode().strip(), ""]
+
+
 def test_a_biased_token_comes_always_or_never(client: openai.OpenAI) -> None:
     always = ask(client, logit_bias={"70": 100}, max_tokens=4, logprobs=True)
     assert len({token.token for token in always.choices[0].logprobs.content}) == 1
@@ -140,14 +204,19 @@ def test_tools_reach_the_template_or_are_refused(client: openai.OpenAI) -> None:
         ({"n": 5}, 400, "at most 4"),
         ({"stop": ["a"] * 5}, 400, "stop"),
         ({"tempratur": 1}, 400, "'tempratur' is not a field"),
-        ({"penalty_alpha": 0.6}, 400, "contrastive search"),
+        ({"penalty_alpha": 0.6, "temperature": 1}, 400, "contrastive search, which draws nothing"),
+        ({"penalty_alpha": 0.6, "n": 2}, 400, "contrastive search, which draws nothing"),
+        ({"penalty_alpha": 0.6, "logprobs": True}, 400, "logprobs are not given for contrastive search"),
+        ({"penalty_alpha": 0.6, "on_loop": "stop"}, 400, "takes no guard against loops"),
+        ({"on_loop": "back_up"}, 400, "on_loop"),
+        ({"penalty_alpha": 0.6, "top_k": 100}, 400, "over 1 to 64 tokens"),
         ({"logit_bias": {"x": 1}}, 400, "logit_bias"),
         ({"top_logprobs": 2}, 400, "logprobs=true"),
         ({"messages": [{"role": "user", "content": "word " * 600}]}, 400, "tokens; at most 511"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]},
             400,
-            "text only",
+            "reads text only",
         ),
     ],
 )  # fmt: skip

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
+import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,17 +16,21 @@ from typing import Any
 import pytest
 import torch
 from tests.server.conftest import wait_until
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lory
 from lory.data.encoding.templates import render_prompt
-from lory.generate import GenerationOptions, decode_text
+from lory.generate import GenerationOptions, decode_text, stream_text
 from lory.runtime import UsageError
 from lory.server.catalogue import Catalogue, open_catalogue
 from lory.server.engine import Engine, Refused
 from lory.server.jobs import Event, Failure, Job, Piece
 from lory.server.limits import Limits
 from lory.server.metrics import ServerMetrics
+from lory.server.prompts import read_chat
 from lory.server.runner import Prompt, Runner
 from lory.server.sampling import Sampling
+from lory.server.schema import ChatRequest
 from lory.types import Message
 
 QUESTIONS = ("Who are you?", "Name three rivers of Europe, and say where each of them ends.", "Why is the sky blue?")
@@ -145,8 +153,6 @@ def test_each_row_has_its_own_options_whatever_the_batch(opened: tuple[Catalogue
 def test_an_adapter_in_a_mixed_batch_says_what_it_says_merged(
     opened: tuple[Catalogue, Runner], adapters: dict[str, str], engine: Engine
 ) -> None:
-    import lory
-
     prompt = list(range(40, 60))
     never = frozenset({-1})
     jobs = [
@@ -217,6 +223,110 @@ def test_what_fails_is_told_and_the_engine_goes_on(
     assert answer(engine, *make_job(opened[0], [5, 6, 7], 9))[1] == "500 The model failed; see the server's log."
     monkeypatch.setattr(engine.runner, "step", step)
     assert answer(engine, *make_job(opened[0], [5, 6, 7], 9, terminators=frozenset({-1})))[1] == "length"
+
+
+@pytest.fixture(scope="module")
+def circling(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
+    """A model that says the same nine words in turn, for ever, and the words' tokens."""
+    folder = tmp_path_factory.mktemp("circling")
+    shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    words = [n for n in range(len(tokenizer)) if (t := tokenizer.decode([n]).strip()).isalpha() and len(t) > 1][:9]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.zero_()
+        for place, word in enumerate(words):
+            model.get_input_embeddings().weight[word, place] = 1.0
+            model.get_output_embeddings().weight[words[(place + 1) % 9], place] = 1.0
+            # what it could say instead
+            model.get_output_embeddings().weight[len(tokenizer) - 1 - place, place] = 0.9
+    model.save_pretrained(folder)
+    return folder, words
+
+
+def test_loops_are_guarded_as_the_assistant_guards_them(circling: tuple[Path, list[int]]) -> None:
+    folder, words = circling
+    assistant, opened = lory.load(folder), open_catalogue(str(folder), {})
+    never, expected, jobs = [10**6], [], []
+    for policy in ("off", "report", "stop", "penalize"):
+        options = GREEDY.model_copy(update={"max_new_tokens": 100, "on_loop": policy})
+        pieces = stream_text(assistant.model, assistant.tokenizer, words[:1], options, never)
+        expected.append(("".join(pieces), "length"))
+        jobs.append(make_job(opened[0], words[:1], 100, options, terminators=frozenset(never)))
+    engine = start(opened, max_batch=4)
+    try:
+        for job, _ in jobs:
+            engine.submit(job)
+        assert [inbox.read() for _, inbox in jobs] == expected
+    finally:
+        engine.close()
+    off, report, stop, penalize = (text for text, _ in expected)
+    assert off == report != penalize
+    assert off.startswith(stop)
+    assert len(stop) < len(off) / 2
+
+
+def test_a_prompt_that_fails_fails_alone(
+    opened: tuple[Catalogue, Runner], engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, inbox = make_job(opened[0], [5, 6, 7], 100, terminators=frozenset({-1}))
+    engine.submit(job)
+    assert wait_until(lambda: job.tokens > 1)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine.runner, "read", fail)
+    assert answer(engine, *make_job(opened[0], [5, 6, 7], 9))[1] == "500 The model failed; see the server's log."
+    assert inbox.read()[1] == "length"
+
+
+def test_a_call_is_answered_even_when_the_engine_ends(engine: Engine) -> None:
+    begun, go = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        go.wait(10)
+
+    first = engine.call(wait)
+    assert begun.wait(10)
+    with engine._wake:
+        engine._stopping = True
+    # it came before the end was seen
+    engine._calls.append((lambda: None, second := Future()))
+    go.set()
+    first.result(10)
+    with contextlib.suppress(Refused):
+        second.result(10)
+    assert second.done()
+
+
+def test_an_answer_ends_where_the_assistants_does(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    # the template closes an answer with a mark that the model's files do not name as an end
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(template.replace("<|im_end|>", "<|endoftext|>"))
+    served = open_catalogue(str(folder), {})[0].list()[0]
+    assert set(served.terminators) == set(lory.load(folder).terminators) == {0, 2}
+
+
+def test_what_a_request_leaves_out_is_the_models_own(opened: tuple[Catalogue, Runner]) -> None:
+    own = GenerationOptions(penalty_alpha=0.6, top_k=4, frequency_penalty=0.5, sampling_noise=0.1)
+    served = replace(opened[0].list()[0], options=own)
+
+    def read(**more: Any) -> GenerationOptions:
+        body = ChatRequest.model_validate({"messages": [{"role": "user", "content": "Hi"}], **more})
+        return read_chat(body, served, Limits(), lambda _: None).sampling.options
+
+    assert read() == own
+    assert read(frequency_penalty=0) == own.model_copy(update={"frequency_penalty": 0.0})
+    assert read(top_k=3) == own.model_copy(update={"top_k": 3})
+    drawn = own.model_copy(update={"penalty_alpha": None, "do_sample": True})
+    assert read(temperature=0.7) == drawn.model_copy(update={"temperature": 0.7})
+    assert read(n=2) == read(temperature=1) == drawn
+    assert read(penalty_alpha=0) == own.model_copy(update={"penalty_alpha": None})
 
 
 def test_an_adapter_that_is_retired_goes_when_its_last_answer_is_done(tiny_model: Path, tiny_adapter: Path) -> None:

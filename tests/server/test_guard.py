@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import httpx
 import pytest
 from tests.server.conftest import Server, make_adapter, running, wait_until
 
-from lory.runtime import UsageError
+from lory.runtime import UsageError, is_loopback
+from lory.server.address import choose_hosts
 from lory.server.catalogue import Catalogue, open_catalogue
 from lory.server.limits import Limits
-from lory.server.run import choose_hosts, is_loopback
 
 BODY = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
 
@@ -70,6 +71,34 @@ def test_a_body_that_is_too_large_is_refused_with_and_without_its_length(guarded
     assert post(guarded, content=big, headers=headers, json=None).status_code == 413
     chunks = (big[place : place + 500] for place in range(0, len(big), 500))
     assert post(guarded, content=chunks, headers=headers, json=None).status_code == 413
+
+
+def test_bodies_of_all_requests_together_are_limited(
+    serve: Callable[..., contextlib.AbstractContextManager[Server]],
+) -> None:
+    with serve(held_bytes=1500, body_bytes=2000) as server:
+        body = {"prompt": "x" * 1600, "max_tokens": 2}
+        for _ in range(2):
+            answer = post(server, "/v1/completions", json=body)
+            assert answer.status_code == 503
+            assert "too many large requests" in answer.json()["error"]["message"]
+            # what was held for an answer, or a refusal, is free afterwards
+            assert post(server, "/v1/completions", json={**body, "prompt": "x" * 400}).status_code == 200
+
+
+def test_a_body_that_comes_in_drops_is_cut_off(guarded: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lory.server.guard._BODY_SECONDS", 0.3)
+
+    def drip() -> Iterator[bytes]:
+        for _ in range(20):
+            time.sleep(0.1)
+            yield b" "
+
+    headers = {"Content-Type": "application/json"}
+    started = time.monotonic()
+    with contextlib.suppress(httpx.WriteError):
+        assert post(guarded, content=drip(), headers=headers, json=None).status_code == 408
+    assert time.monotonic() - started < 1.9
 
 
 def test_a_broken_request_harms_nobody(guarded: Server) -> None:
@@ -133,6 +162,17 @@ def test_what_cannot_be_added_is_said(changing: tuple[Server, Path]) -> None:
     assert post(changing[0], "/v1/adapters", json={"name": "x", "path": "none"}).status_code == 400
     assert post(changing[0], "/v1/adapters", json={"name": "a b", "path": "one"}).status_code == 400
     assert [model["id"] for model in httpx.get(f"{changing[0].url}/v1/models").json()["data"]] == ["tiny"]
+
+
+def test_adapters_are_limited_and_refused_when_the_server_stops(tiny_model: Path, tmp_path: Path) -> None:
+    make_adapter(tiny_model, tmp_path / "one", 1)
+    opened = open_catalogue(str(tiny_model), {}, "tiny", changes=True)
+    with running(opened, Limits(adapters=1), folders=(tmp_path,)) as server:
+        assert post(server, "/v1/adapters", json={"name": "a", "path": "one"}).status_code == 200
+        assert "the most" in post(server, "/v1/adapters", json={"name": "b", "path": "one"}).json()["error"]["message"]
+        assert httpx.delete(f"{server.url}/v1/adapters/a").status_code == 200
+        server.engine.close()
+        assert post(server, "/v1/adapters", json={"name": "b", "path": "one"}).status_code == 503
 
 
 def test_adapters_that_a_batch_cannot_mix_are_refused_at_start(tiny_model: Path, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_the_command_serves_and_stops(tiny_model: Path, tiny_adapter: Path) -> N
             assert [model["id"] for model in answer.json()["data"]] == [tiny_model.name, "own"]
             assert httpx.get(f"{match[0]}/models").status_code == 401
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
+            assert process.wait(90) == 0
         finally:
             process.kill()
 

@@ -55,8 +55,8 @@ def test_penalties_and_bias_change_the_choice() -> None:
     greedy = GenerationOptions(do_sample=False)
     for sampling in (
         Sampling(greedy.model_copy(update={"repetition_penalty": 50.0})),
-        Sampling(greedy, presence_penalty=99.0),
-        Sampling(greedy, frequency_penalty=99.0),
+        Sampling(greedy.model_copy(update={"presence_penalty": 99.0})),
+        Sampling(greedy.model_copy(update={"frequency_penalty": 99.0})),
     ):
         sampler = Sampler(sampling, [0], 0, LOGITS.device)
         assert not sampler.is_plain

@@ -16,13 +16,14 @@ from starlette.responses import JSONResponse
 
 from lory.runtime import UsageError, log
 from lory.server.catalogue import Catalogue, Served
-from lory.server.engine import Engine
+from lory.server.engine import Engine, Refused
 from lory.server.errors import ApiError, ErrorAnswer, explain_validation
 from lory.server.exchange import Exchange, ReplyResponse
 from lory.server.guard import Guard
-from lory.server.prompts import read_chat, read_completion
+from lory.server.prompts import list_images, read_chat, read_completion
 from lory.server.replies import ChatReply, TextReply
 from lory.server.schema import AdapterRequest, ChatRequest, CompletionRequest
+from lory.server.vision import ImageDesk
 
 T = TypeVar("T")
 
@@ -43,6 +44,7 @@ class Service:
         self.adapter_folders = [folder.resolve() for folder in adapter_folders]
         # beside the loop, which long prompts must not stop; one thread, since a tokenizer is not for several
         self._reader = ThreadPoolExecutor(1, "lory-prompts")
+        self._desk = ImageDesk(engine.limits)
 
     async def read(self, function: Callable[[], T]) -> T:
         """Run what takes a while beside the loop."""
@@ -64,7 +66,9 @@ class Service:
         """Answer a conversation."""
         served, exchange = self.find(request.model), Exchange(self.engine)
         limits, deliver = self.engine.limits, exchange.deliver_to(0)
-        job = await self.read(lambda: read_chat(request, served, limits, deliver))
+        sources = list_images(request.messages)
+        seen = await self._desk.see(sources, served.reader) if sources and served.reader is not None else None
+        job = await self.read(lambda: read_chat(request, served, limits, deliver, seen))
         reply = ChatReply(served.name, [job], served.tokenizer)
         exchange.submit([job])
         return ReplyResponse(exchange, reply, request.stream, request.wants_usage)
@@ -74,7 +78,7 @@ class Service:
         served, exchange = self.find(request.model), Exchange(self.engine)
         limits = self.engine.limits
         jobs = await self.read(lambda: read_completion(request, served, limits, exchange.deliver_to))
-        reply = TextReply(served.name, jobs, served.tokenizer, request.echo)
+        reply = TextReply(served.name, jobs, served.tokenizer, request.prompts if request.echo else None)
         exchange.submit(jobs)
         return ReplyResponse(exchange, reply, request.stream, request.wants_usage)
 
@@ -84,7 +88,9 @@ class Service:
         if not any(folder.is_relative_to(allowed) for allowed in self.adapter_folders):
             # the same whether it exists or not: nothing is told of other folders
             raise ApiError(400, "The path is not below a folder that adapters may come from.", "path")
-        catalogue = self.catalogue
+        catalogue, most = self.catalogue, self.engine.limits.adapters
+        if len(catalogue.list()) > most:
+            raise ApiError(400, f"There are {most} adapters already, the most that are taken; remove one.", "name")
         try:
             adapter, parts = await self.read(lambda: catalogue.read(request.name, folder))
             number, bank = catalogue.next_number(), catalogue.bank
@@ -120,7 +126,7 @@ def build_app(service: Service, key: str = "", hosts: Collection[str] | None = N
     if service.adapter_folders:
         _add_adapter_paths(app, service)
     metrics, limits = service.engine.metrics, service.engine.limits
-    app.add_middleware(Guard, metrics=metrics, key=key, hosts=hosts, body_bytes=limits.body_bytes)
+    app.add_middleware(Guard, metrics=metrics, key=key, hosts=hosts, limits=limits)
     describe = app.openapi
 
     def describe_without_422() -> dict[str, Any]:
@@ -143,6 +149,9 @@ def _add_handlers(app: FastAPI) -> None:
         assert isinstance(error, ApiError)
         return answer(error)
 
+    async def explain_refusal(request: Request, error: Exception) -> Response:
+        return answer(ApiError(error.status if isinstance(error, Refused) else 400, str(error)))
+
     async def explain_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         return answer(explain_validation(list(error.errors())))
@@ -158,6 +167,8 @@ def _add_handlers(app: FastAPI) -> None:
         return answer(ApiError(500, "The server failed; its log says how."))
 
     app.add_exception_handler(ApiError, explain_api)
+    app.add_exception_handler(Refused, explain_refusal)
+    app.add_exception_handler(UsageError, explain_refusal)
     app.add_exception_handler(RequestValidationError, explain_invalid)
     app.add_exception_handler(HTTPException, explain_http)
     app.add_exception_handler(Exception, explain_failure)

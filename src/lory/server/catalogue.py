@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING
 from lory.adapters import kinds
 from lory.adapters.files import read_adapter_config
 from lory.adapters.prompt import is_soft_prompt
-from lory.assistant import check_device
+from lory.assistant import check_device, load_reader
+from lory.data.encoding.named_templates import add_answer_end
+from lory.data.vision.reader import ImageReader, write_prompt
 from lory.generate import GenerationOptions, default_options
 from lory.models.lean import prepare_for_decoding
 from lory.models.load import DtypeName, load_model, load_tokenizer, terminators
 from lory.models.quantize import Quantization
 from lory.models.resolve import Resolved, resolve
 from lory.runtime import UsageError, log
+from lory.server.address import name_model
 from lory.server.bank import Adapter, AdapterBank, read_adapter
 from lory.server.runner import Runner
+from lory.types import Media, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +49,8 @@ class Served:
     """Tokens that the model knows."""
     context: int
     """The most tokens of prompt and answer together."""
+    reader: ImageReader | None = None
+    """What prepares images, with a tokenizer of its own; None: the model reads text only."""
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -62,11 +68,19 @@ class Catalogue:
         self.model, self.bank = model, bank
         self._trust, self._resolved = trust, resolved
         self._options = default_options(model)
+        if self._options.on_loop in ("back_up", "retry"):
+            log.warning("on_loop is %s in the model's own options; a server takes stop.", self._options.on_loop)
+            self._options = self._options.model_copy(update={"on_loop": "stop"})
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._served: dict[str, Served] = {}
         self.base = base
         self.add(base, None, resolved)
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether messages may have images."""
+        return self._served[self.base].reader is not None
 
     def list(self) -> list[Served]:
         """All models."""
@@ -110,11 +124,15 @@ class Catalogue:
             raise UsageError(
                 f"The tokenizer of '{name}' has {len(prompts)} tokens and the model {rows}; merge it with `lory merge`."
             )
-        ends = frozenset(terminators(self.model.generation_config, prompts))
+        ends = frozenset(add_answer_end(terminators(self.model.generation_config, prompts), prompts))
+        reader = load_reader(resolved, prompts, self._trust)
+        if reader is not None:
+            # images are prepared in other threads than prompts
+            reader = load_reader(resolved, load_tokenizer(resolved, self._trust), self._trust)
         with self._lock:
             self._check_free(name)
             context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or _ANY_CONTEXT
-            served = Served(name, adapter, prompts, engine, ends, self._options, rows, context)
+            served = Served(name, adapter, prompts, engine, ends, self._options, rows, context, reader)
             self._served[name] = served
         return served
 
@@ -169,11 +187,25 @@ def open_catalogue(
     bank = AdapterBank(loaded, places) if many else None
     runner = Runner(loaded, bank)
     runner.check()
-    base = name or (model if not Path(model).exists() else Path(model).resolve().name)
-    catalogue = Catalogue(loaded, resolved, base, bank, trust_remote_code)
+    catalogue = Catalogue(loaded, resolved, name or name_model(model), bank, trust_remote_code)
+    _check_images(catalogue, runner)
     if bank is not None:
         _add_adapters(catalogue, bank, adapters)
     return catalogue, runner
+
+
+def _check_images(catalogue: Catalogue, runner: Runner) -> None:
+    """Find out whether prompts with images can be batched, with a picture of two colours."""
+    from PIL import Image
+
+    served = catalogue.list()[0]
+    if served.reader is None:
+        return
+    image = Image.new("RGB", (96, 64), "white")
+    image.paste((200, 30, 60), (20, 10, 60, 50))
+    message = Message("user", "<image>What is this?", (Media("image", ""),))
+    prompt = write_prompt(served.tokenizer, served.reader, [message], served.reader.see([image]))
+    runner.check_images(prompt.ids, prompt.inputs)
 
 
 def _add_adapters(catalogue: Catalogue, bank: AdapterBank, adapters: dict[str, str]) -> None:

@@ -96,6 +96,8 @@ class Engine:
             taken = sum(waiting.choices for waiting in self._waiting) + self._count_taken()
             if taken + job.choices > self.limits.max_batch + self.limits.queue:
                 raise Refused(429, f"The queue is full with {len(self._waiting)} requests; try again later.")
+            if job.inputs and self._count_image_bytes(job) > self.limits.image_memory_bytes:
+                raise Refused(429, "The queue is full of images; try again later, or make them smaller.")
             self._waiting.append(job)
             self.metrics.waiting.set(len(self._waiting))
             self._wake.notify()
@@ -169,8 +171,10 @@ class Engine:
             # as when memory runs out; whose fault it is can't be told
             log.error("The model failed: %s", error, exc_info=error)
             self._fail_all(_BROKEN, status=500)
-        for place in reversed(range(len(self._alone))):
-            self._step_alone(place)
+        for answer, tokens in self._alone[:]:
+            # another answer of its job may have failed
+            if (answer, tokens) in self._alone:
+                self._step_alone(answer, tokens)
         self.metrics.running.set(len(self._running) + len(self._alone))
         self.metrics.waiting.set(len(self._waiting))
 
@@ -188,8 +192,12 @@ class Engine:
         reading = self._reading
         return len(self._running) + len(self._alone) + (reading[0].choices if reading else 0)
 
+    def _count_image_bytes(self, new: Job) -> int:
+        return sum(value.nbytes for job in {*self._jobs(), new} for value in job.inputs.values())
+
     def _jobs(self) -> list[Job]:
-        reading = [self._reading[0]] if self._reading else []
+        # looked at once, since other threads ask, too
+        reading = [found[0]] if (found := self._reading) else []
         answers = [*self._running, *(answer for answer, _ in self._alone)]
         return [*self._waiting, *reading, *(answer.job for answer in answers)]
 
@@ -236,7 +244,9 @@ class Engine:
 
     def _read(self) -> None:
         """Read some tokens of the next prompts."""
-        budget = self.limits.prefill_tokens if self._running else max(_READ_ALONE, self.limits.prefill_tokens)
+        budget = self.limits.prefill_tokens
+        if not (self._running or self._alone):
+            budget = max(_READ_ALONE, budget)
         while budget > 0 and (self._reading or self._begin()):
             assert self._reading is not None
             job, prompt, scored = self._reading
@@ -253,6 +263,8 @@ class Engine:
                 continue
             budget -= prompt.done - before
             if prompt.logits is not None:
+                # what was seen is in the keys and values now
+                job.inputs = prompt.inputs = {}
                 going_on = self._answer(job, prompt, scored)
                 with self._wake:
                     self._reading = None
@@ -262,12 +274,10 @@ class Engine:
         """Begin to read the next prompt, if there is one and a place for its answers."""
         while (job := self._take_next()) is not None:
             self.metrics.tokens_in.inc(len(job.prompt))
-            if self._goes_alone(job):
-                self._begin_alone(job)
+            if self._reading is None:
+                # its first step reads its prompt
                 continue
-            prompt = Prompt(job.prompt, job.adapter, job.inputs)
-            with self._wake:
-                self._reading = job, prompt, []
+            prompt = self._reading[1]
             # equal tokens may stand for other images
             if not job.prompt_logprobs and not job.inputs:
                 prompt.start_with(*self._kept.find(job.prompt, job.adapter))
@@ -276,12 +286,20 @@ class Engine:
         return False
 
     def _take_next(self) -> Job | None:
+        """Let the first job that waits be read, or go on beside the batch; at no time is it in neither place."""
         with self._wake:
             if not self._waiting or self._count_taken() + self._waiting[0].choices > self.limits.max_batch:
                 return None
             job = self._waiting.popleft()
-        job.began_at = time.monotonic()
-        return job
+            job.began_at = time.monotonic()
+            searches = job.sampling.options.penalty_alpha is not None
+            if searches or (job.inputs and not self.runner.joins_images):
+                answers = [Answer(job, choice, self._device) for choice in range(job.choices)]
+                decode = search_contrastively if searches else decode_alone
+                self._alone += [(answer, decode(self.runner.model, answer)) for answer in answers]
+            else:
+                self._reading = job, Prompt(job.prompt, job.adapter, job.inputs), []
+            return job
 
     def _read_scored(self, job: Job, prompt: Prompt, scored: list[ScoredToken], budget: int) -> None:
         if not scored:
@@ -291,35 +309,23 @@ class Engine:
         following = prompt.ids[first + 1 : prompt.done + 1]
         scored += [score(own, token, job.logprobs or 0) for own, token in zip(logprobs, following, strict=False)]
 
-    def _goes_alone(self, job: Job) -> bool:
-        return job.sampling.options.penalty_alpha is not None or bool(job.inputs and not self.runner.joins_images)
-
-    def _begin_alone(self, job: Job) -> None:
-        model = self.runner.model
-        for choice in range(job.choices):
-            answer = Answer(job, choice, self._device)
-            searches = job.sampling.options.penalty_alpha is not None
-            tokens = search_contrastively(model, answer) if searches else decode_alone(model, answer)
-            with self._wake:
-                self._alone.append((answer, tokens))
-
-    def _step_alone(self, place: int) -> None:
+    def _step_alone(self, answer: Answer, tokens: Tokens) -> None:
         """Take the next token of an answer beside the batch; the first one reads its prompt."""
-        answer, tokens = self._alone[place]
         try:
             self.runner.select(answer.job.adapter)
             token, logits = next(tokens)
         except StopIteration:
             answer.end("length")
         except _FAILURES as error:
-            self._alone = [(other, tokens) for other, tokens in self._alone if other.job is not answer.job]
+            self._alone = [other for other in self._alone if other[0].job is not answer.job]
             self._fail(answer.job, error)
             return
         else:
             self._note_first(answer)
             if answer.take(token, logits):
                 return
-        self._note(self._alone.pop(place)[0])
+        self._alone.remove((answer, tokens))
+        self._note(answer)
 
     def _answer(self, job: Job, prompt: Prompt, scored: list[ScoredToken]) -> list[Answer]:
         """The prompt is read: choose the first tokens; the answers that go on, each with a row."""
@@ -333,7 +339,7 @@ class Engine:
                 answer.end("length")
                 continue
             self._note_first(answer)
-            if answer.take(answer.sampler.choose(prompt.logits), prompt.logits):
+            if answer.choose(prompt.logits):
                 self.runner.join(prompt)
                 going_on.append(answer)
             else:
@@ -347,8 +353,7 @@ class Engine:
         likeliest = logits.argmax(dim=-1).tolist() if plain else []
         ended = []
         for row, answer in enumerate(self._running):
-            token = likeliest[row] if answer.sampler.is_plain else answer.sampler.choose(logits[row])
-            if not answer.take(token, logits[row]):
+            if not answer.choose(logits[row], likeliest[row] if likeliest else None):
                 ended.append(row)
         for row in reversed(ended):
             self._leave(row)
@@ -357,7 +362,7 @@ class Engine:
         """Take an answer's row out; the last one takes its place."""
         answer = self._running[row]
         fed = self.runner.rows.lengths[row]
-        if answer.choice == 0 and not answer.job.inputs and self._kept.wants(fed):
+        if answer.choice == 0 and not answer.job.has_images and self._kept.wants(fed):
             self._kept.keep(answer.sampler.ids[:fed], answer.job.adapter, self.runner.states(row))
         self.runner.leave(row)
         self._running[row] = self._running[-1]

@@ -79,6 +79,8 @@ def explain_validation(errors: list[ErrorDetails] | ValidationError) -> ApiError
         return ApiError(400, "The body is not valid JSON.")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"'{name}' is not a field that this server knows.", name, "unknown_parameter")
+    if first["type"] == "none_required":
+        return ApiError(400, f"'{name}' is given, which this server does not do; leave it out.", name)
     if first["type"] == "missing":
         return ApiError(400, f"'{name}' is missing." if name else "The body is missing.", name or None)
     message = str(first["msg"]).removeprefix("Value error, ").rstrip(".")

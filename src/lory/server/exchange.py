@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -31,8 +32,8 @@ class Exchange:
         """What is to be told the events of the job of this number."""
 
         def deliver(event: Event) -> None:
-            # a loop that is closed has no clients left
-            if not self._loop.is_closed():
+            # a loop that is closed, which it tells so, has no clients left
+            with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
 
         return deliver
@@ -132,7 +133,8 @@ class ReplyResponse(Response):
 
 
 def _write_event(value: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n".encode()
+    # in ASCII, since some clients take U+2028 and its like for the end of a line
+    return f"data: {json.dumps(value, allow_nan=False)}\n\n".encode()
 
 
 async def _wait_for_end(receive: Receive) -> None:

@@ -86,5 +86,10 @@ class Job:
     tokens: int = 0
     cancelled: bool = False
     asked_at: float = field(default_factory=time.monotonic)
+    has_images: bool = field(init=False)
+    """Whether the prompt has images; `inputs` is emptied when they have been read."""
     began_at: float | None = None
     """When its prompt was begun to be read."""
+
+    def __post_init__(self) -> None:
+        self.has_images = bool(self.inputs)

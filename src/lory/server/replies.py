@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lory.generate import decode_text
 from lory.server.jobs import Job, Piece, PromptRead
 from lory.server.text import ScoredToken
 
@@ -168,14 +167,21 @@ class TextReply(Reply):
     """The answer to ``POST /v1/completions``.
 
     Args:
-        echo: the prompt stands before each answer.
+        echoed: the prompts, which stand before each answer; None: they don't.
     """
 
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
 
-    def __init__(self, name: str, jobs: Sequence[Job], tokenizer: PreTrainedTokenizerBase, echo: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        jobs: Sequence[Job],
+        tokenizer: PreTrainedTokenizerBase,
+        echoed: Sequence[str | list[int]] | None = None,
+    ) -> None:
         super().__init__(name, jobs, tokenizer)
-        self._prompts = [decode_text(tokenizer, job.prompt) if echo else "" for job in jobs]
+        given = echoed or [""] * len(jobs)
+        self._prompts: list[str] = [one if isinstance(one, str) else tokenizer.decode(one) for one in given]
         self._prompt_scored: list[tuple[ScoredToken, ...]] = [()] * len(jobs)
         self._opened: set[int] = set()
 

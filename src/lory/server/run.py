@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from collections.abc import Callable
 from types import FrameType
 
@@ -12,34 +11,6 @@ from starlette.types import ASGIApp
 
 from lory.runtime import UsageError, log
 from lory.server.engine import Engine
-
-_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def choose_hosts(host: str, key: str) -> tuple[str, ...] | None:
-    """The names that requests may call a server by; None: any.
-
-    Raises:
-        UsageError: other machines can reach the address, and there is no key.
-    """
-    if key:
-        return None
-    if not is_loopback(host):
-        raise UsageError(
-            f"--host {host} can be reached from other machines, so an API key is needed; put one into the environment "
-            "variable LORY_API_KEY, or into a file that --api-key-file names."
-        )
-    return (*_LOOPBACK_NAMES, host)
 
 
 class GracefulServer(uvicorn.Server):

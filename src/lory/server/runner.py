@@ -12,7 +12,8 @@ from transformers.cache_utils import Cache
 
 from lory.decoding.loop import GrowingLayer
 from lory.models.lean import find_decoder
-from lory.runtime import UsageError
+from lory.models.load import first_line
+from lory.runtime import UsageError, log
 from lory.server.alone import AloneRow
 from lory.server.bank import AdapterBank
 from lory.server.rows import KeysValues, RowsCache
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 # Of the largest logit: more than rounding explains is another result
 _TOLERANCE = {torch.float32: 1e-3}
 _TOLERANCE_HALF = 5e-2
+# What a model raises that is used otherwise than it can be
+_FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError)
 
 
 class Prompt:
@@ -125,9 +128,9 @@ class Runner:
     def leave(self, row: int) -> None:
         """Take a row out; the last one takes its place."""
         self.rows.leave(row)
-        for held in (self.adapters, self.offsets):
-            held[row] = held[-1]
-            held.pop()
+        self.adapters[row], self.offsets[row] = self.adapters[-1], self.offsets[-1]
+        self.adapters.pop()
+        self.offsets.pop()
 
     @torch.inference_mode()
     def states(self, row: int) -> KeysValues:
@@ -167,14 +170,38 @@ class Runner:
         name = type(self.model).__name__
         try:
             difference, largest = self._compare()
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
-            raise UsageError(f"{name} cannot be served in batches: {str(error).splitlines()[0]}") from error
+        except _FAILURES as error:
+            raise UsageError(f"{name} cannot be served in batches: {first_line(error)}") from error
         limit = _TOLERANCE.get(self.model.dtype, _TOLERANCE_HALF)
         if not difference <= limit * max(largest, 1e-6):
             raise UsageError(
                 f"{name} answers otherwise in a batch than alone (logits differ by {difference:.1e} of {largest:.1e}), "
                 "so it cannot be served; talk to it with `lory chat`."
             )
+
+    @torch.inference_mode()
+    def check_images(self, ids: Sequence[int], inputs: Mapping[str, Tensor]) -> None:
+        """Find out with a prompt with images whether such prompts can be rows of a batch; otherwise they go alone."""
+        try:
+            alone, prompt, text = AloneRow(self.model, ids, inputs), Prompt(ids, None, inputs), Prompt([ids[0]] * 7)
+            for one in (prompt, text):
+                self.read(one, len(one.ids))
+                self.join(one)
+            difference = largest = 0.0
+            for token in ids[:2]:
+                alone.feed(token)
+                together = self.step([token, token])[0]
+                difference = max(difference, float((together - alone.logits).abs().max()))
+                largest = max(largest, float(alone.logits.abs().max()))
+        except _FAILURES as error:
+            log.info("Prompts with images are answered one by one: %s", first_line(error))
+            self.joins_images = False
+            return
+        finally:
+            self.clear()
+        self.joins_images = difference <= _TOLERANCE.get(self.model.dtype, _TOLERANCE_HALF) * max(largest, 1e-6)
+        if not self.joins_images:
+            log.info("Prompts with images are answered one by one, since in a batch the logits differ.")
 
     @torch.inference_mode()
     def _compare(self) -> tuple[float, float]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor, TypicalLogitsWarper
 
+from lory.decoding.loop import Watcher
 from lory.decoding.processors import build_processors
 from lory.generate import GenerationOptions
 
@@ -46,12 +47,20 @@ class Sampler:
     Args:
         prompt: its tokens, which count for the repetition penalty, though not for those of presence and frequency.
         seed: of the generator.
+        watch: may change the scores or end the answer, as the guard against loops does.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        seed: int,
+        device: torch.device,
+        watch: Watcher | None = None,
+    ) -> None:
         self.options = sampling.options
         self.ids = list(prompt)
-        self._device = device
+        self._device, self._watch = device, watch
         self._generator = torch.Generator().manual_seed(seed)
         self._processors = list_processors(sampling, len(prompt), seed)
         typical = self.options.typical_p
@@ -60,14 +69,18 @@ class Sampler:
     @property
     def is_plain(self) -> bool:
         """Whether it always takes the likeliest token."""
-        return not (self.options.do_sample or self._processors)
+        return not (self.options.do_sample or self._processors or self._watch)
 
-    def choose(self, logits: Tensor) -> int:
-        """The next token by its logits (V,), fp32; `take` is to be told which token comes."""
+    def choose(self, logits: Tensor) -> int | None:
+        """The next token by its logits (V,), fp32; `take` is to be told which token comes. None: the answer ends."""
         scores = logits
-        if self._processors:
+        if self._processors or self._watch is not None:
             ids = torch.tensor([self.ids], device=self._device)
             scores = self._processors(ids, scores[None].clone())[0]
+            if self._watch is not None and (verdict := self._watch(ids, scores[None])) is not None:
+                if verdict.stop is not None and bool(verdict.stop.any()):
+                    return None
+                scores = scores if verdict.scores is None else verdict.scores[0]
         if not self.options.do_sample:
             return int(scores.argmax())
         return self._draw(scores / self.options.temperature)

@@ -104,11 +104,14 @@ class SamplingRequest(Request):
     min_p: float | None = Field(None, ge=0, le=1)
     stop: Text | Annotated[list[Text], Field(max_length=MAX_STOPS)] | None = None
     seed: int | None = Field(None, ge=-(2**62), le=2**62)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, description="By token id.")
-    penalty_alpha: float | None = Field(None, ge=0, le=1, description="Contrastive search, which is refused.")
+    penalty_alpha: float | None = Field(None, ge=0, le=1, description="Contrastive search over top_k tokens; 0: none.")
+    on_loop: Literal["off", "report", "stop", "penalize"] | None = Field(
+        None, description="What happens when the answer goes round in circles; stop ends it with the reason length."
+    )
     user: Unused = None
     metadata: Unused = None
     store: Unused = None
@@ -116,13 +119,22 @@ class SamplingRequest(Request):
     safety_identifier: Unused = None
     prompt_cache_key: Unused = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_null(cls, values: Any) -> Any:
+        # what some clients write for what they leave out, and OpenAI takes
+        return (
+            {name: value for name, value in values.items() if value is not None} if isinstance(values, dict) else values
+        )
+
     @model_validator(mode="after")
     def _check_common(self) -> SamplingRequest:
-        if self.penalty_alpha:
+        if self.penalty_alpha and (self.temperature or self.n > 1):
             raise ValueError(
-                "penalty_alpha asks for contrastive search, which decodes one answer at a time and is not served; "
-                "use repetition_penalty, or lory chat"
+                "penalty_alpha is for contrastive search, which draws nothing; set temperature to 0, n to 1"
             )
+        if self.penalty_alpha and self.on_loop not in (None, "off"):
+            raise ValueError("contrastive search (penalty_alpha) takes no guard against loops; leave on_loop out")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is only for stream=true")
         return self
