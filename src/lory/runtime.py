@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import ipaddress
 import json
 import logging
 import os
@@ -87,8 +88,20 @@ def _umask() -> int:
     return mask
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def flush(path: Path) -> None:
     """Ask the system to put a file or folder on the disk now."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders, and keeps their entries without being asked
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

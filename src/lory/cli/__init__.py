@@ -10,13 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
-from lory.cli import configs, data, evaluate, review, serve, talk, train, weights
+from lory.cli import configs, data, evaluate, review, serve, talk, train, web, weights
 from lory.runtime import LoryError, log
 
 COMMANDS: tuple[Callable[..., Any], ...] = (
     train.demo,
     train.train,
     talk.chat,
+    web.web,
     serve.serve,
     evaluate.eval,
     review.review,

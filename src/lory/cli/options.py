@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from enum import Enum
 from typing import Annotated, Any
 
 import typer
+
+from lory.runtime import UsageError
 
 Model = Annotated[
     str,
@@ -71,3 +74,20 @@ def progress_bar(title: str) -> Any:
             yield lambda done, total: progress.update(task, completed=done, total=total)
 
     return bar()
+
+
+def parse_adapters(given: Sequence[str]) -> dict[str, str]:
+    """Paths by name, of texts NAME=PATH.
+
+    Raises:
+        UsageError: a text is none, or a name comes twice.
+    """
+    adapters: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise UsageError(f"--adapter {text} was given; an adapter is NAME=PATH, as in pirate=runs/pirate.")
+        if name in adapters:
+            raise UsageError(f"--adapter names '{name}' twice; give each adapter a name of its own.")
+        adapters[name] = path
+    return adapters
