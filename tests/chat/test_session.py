@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import pytest
+from PIL import Image
 
+from lory.chat.pictures import Picture
 from lory.chat.session import Session
 from lory.generate import Ending, GenerationOptions
 from lory.runtime import LoryError, UsageError
@@ -20,12 +24,12 @@ class FakeAssistant:
         self.pieces = pieces
         self.failure = failure
         self.options = GenerationOptions(max_new_tokens=7)
-        self.asked: list[tuple[list[Mapping[str, str]], GenerationOptions | None]] = []
+        self.asked: list[tuple[list[Mapping[str, Any]], GenerationOptions | None]] = []
         self.closed = False
 
     def stream(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         options: GenerationOptions | None = None,
         ending: Ending | None = None,
     ) -> Iterator[str]:
@@ -169,3 +173,79 @@ def test_reset_goes_back_to_the_first_options() -> None:
     session.set_options("temperature=0.9 seed=4")
     session.reset_options()
     assert session.options == first
+
+
+# Pictures, and answers made anew
+
+
+def picture(colour: str = "red") -> Picture:
+    file = io.BytesIO()
+    Image.new("RGB", (3, 2), colour).save(file, "PNG")
+    return Picture(f"{colour}.png", file.getvalue())
+
+
+def test_pictures_stand_at_their_marks_in_what_the_assistant_is_given() -> None:
+    assistant = FakeAssistant("A")
+    session = Session(assistant)
+    red, blue = picture(), picture("blue")
+    list(session.ask("Is <image> like <image>?", [red, blue]))
+    list(session.ask("Why?"))
+    parts = [
+        {"type": "text", "text": "Is "},
+        {"type": "image", "image": red.data},
+        {"type": "text", "text": " like "},
+        {"type": "image", "image": blue.data},
+        {"type": "text", "text": "?"},
+    ]
+    asked = assistant.asked[1][0]
+    assert [message["content"] for message in asked] == [parts, "A", "Why?"]
+    assert session.history[0]["content"] == "Is <image> like <image>?"
+
+
+def test_a_question_without_a_mark_has_its_pictures_first() -> None:
+    session = Session(FakeAssistant("A"))
+    list(session.ask("What is it?", [picture()]))
+    assert session.history[0]["content"] == "<image>What is it?"
+    with pytest.raises(UsageError, match="1 <image> for 2 images"):
+        list(session.ask("<image>?", [picture(), picture()]))
+    assert len(session.history) == 2
+
+
+def test_an_answer_made_anew_takes_the_place_of_the_one_before() -> None:
+    assistant = FakeAssistant("one")
+    session = Session(assistant)
+    list(session.ask("1"))
+    list(session.ask("2", [picture()]))
+    assistant.pieces = ("an", "other")
+    assert "".join(session.regenerate()) == "another"
+    assert assistant.asked[2] == assistant.asked[1]
+    assert session.history[:2] == exchange("1", "one")
+    assert session.history[3] == {"role": "assistant", "content": "another"}
+    assert session.history[2]["images"] == (picture(),)
+
+
+@pytest.mark.parametrize("failure", [LoryError("Out of memory."), KeyboardInterrupt()])
+def test_the_answer_before_stays_if_there_is_no_other(failure: BaseException) -> None:
+    assistant = FakeAssistant("one")
+    session = Session(assistant)
+    list(session.ask("1"))
+    assistant.pieces, assistant.failure = (), failure
+    with pytest.raises(type(failure)):
+        list(session.regenerate())
+    assert session.history == exchange("1", "one")
+
+
+def test_one_that_is_stopped_half_way_is_kept_as_far_as_it_came() -> None:
+    assistant = FakeAssistant("one")
+    session = Session(assistant)
+    list(session.ask("1"))
+    assistant.pieces = ("an", "other")
+    pieces = session.regenerate()
+    next(pieces)
+    pieces.close()
+    assert session.history == exchange("1", "an")
+
+
+def test_there_is_nothing_to_make_anew_before_the_first_question() -> None:
+    with pytest.raises(UsageError, match="Nothing was asked yet"):
+        list(Session(FakeAssistant()).regenerate())
