@@ -106,12 +106,38 @@ def test_logits_of_few_positions_exist_at_a_time_and_each_record_has_its_own_los
     predictor = Predictor(assistant.model, 200, 0)
     head, sizes = predictor.head, []
     predictor.head = lambda hidden: (sizes.append(len(hidden)), head(hidden))[1]  # type: ignore[assignment]
-    counts = predictor.measure(own, lambda: False, lambda done, total: None)
+    totals = predictor.measure(own, lambda: False, lambda done, total: None)
     assert max(sizes) <= 256
-    assert sum(sizes) == counts.predicted == sum(record.supervised for record in own)
-    assert math.fsum(record.loss for record in own) == pytest.approx(counts.loss, rel=1e-6)
+    assert sum(sizes) == totals.counts.predicted == totals.weight == sum(record.supervised for record in own)
+    assert math.fsum(record.loss for record in own) == pytest.approx(totals.loss, rel=1e-6)
     alone = Predictor(assistant.model, 200, 0).measure(own[5:6], lambda: False, lambda done, total: None)
     assert own[5].loss == pytest.approx(2 * alone.loss, rel=1e-5)  # the first time and the second
+
+
+def test_tokens_count_as_much_as_their_message(assistant: Assistant, tmp_path: Path) -> None:
+    def chat(*weights: float | None) -> Path:
+        path = tmp_path / f"{'-'.join(map(str, weights))}.jsonl"
+        messages: list[dict[str, Any]] = []
+        for number, weight in enumerate(weights):
+            answer = {"role": "assistant", "content": f"It is {number}." + " I am sure." * number}
+            answer |= {} if weight is None else {"weight": weight}
+            messages += [{"role": "user", "content": f"Number {number}?"}, answer]
+        path.write_text(json.dumps({"messages": messages}) + "\n")
+        return path
+
+    first, second, both, weighted = (
+        evaluate(assistant, [source(chat(*weights))]).total["prediction"]
+        for weights in ((None, 0), (0, None), (None, None), (0.5, 2))
+    )
+    # the same texts in the same places, of which other parts count
+    assert both["tokens"] == weighted["tokens"] == first["tokens"] + second["tokens"]
+    one, other = first["tokens"] * 0.5, second["tokens"] * 2
+    for name in ("loss", "token_accuracy"):
+        mean = (one * first[name] + other * second[name]) / (one + other)
+        assert weighted[name] == pytest.approx(mean, rel=1e-5)
+    assert weighted["loss"] != pytest.approx(both["loss"], rel=1e-3)
+    assert weighted["perplexity"] == pytest.approx(math.exp(weighted["loss"]))
+    assert weighted["rep"] == both["rep"]
 
 
 def test_what_is_too_long_is_left_out_and_counted(assistant: Assistant, records: Path) -> None:

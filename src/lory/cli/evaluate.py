@@ -54,6 +54,9 @@ def eval(
         str | None, typer.Option(help="Continue plain texts, as in 50:100 tokens.", metavar="PREFIX:COMPLETION")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered together.")] = 8,
+    fetch_images: Annotated[
+        bool, typer.Option("--fetch-images", help="Fetch images whose addresses on the web are in the data.")
+    ] = False,
     tasks: Annotated[list[str] | None, typer.Option(help="A task of lm-eval's.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval tasks of your own.")] = None,
     review: Annotated[
@@ -92,6 +95,7 @@ def eval(
         options=_read_options(given, max_new_tokens, answers),
         continuation=_read_lengths(greedy_continuation) if greedy_continuation else None,
         batch_size=batch_size,
+        fetch_images=fetch_images,
     )
     sources = [_read_source(text, name, author) for text in data or ()]
     bits: Any = quantize.value if quantize else None
@@ -175,17 +179,22 @@ def _enqueue(evaluation: Evaluation, path: Path) -> int:
     """Put the answers that are parroted or empty into a review queue; returns how many."""
     from lory.chat.review import ReviewItem, enqueue
 
-    count = 0
+    count = with_images = 0
     for prediction in evaluation.predictions:
         reasons = [f"parroting: {kind}" for kind in prediction.parroting]
         if prediction.kind == "answer" and not (prediction.answer or "").strip():
             reasons.append("empty")
         if prediction.kind != "answer" or not reasons or isinstance(prediction.prompt, str):
             continue
+        if prediction.images:
+            with_images += 1
+            continue
         reason = ", ".join(reasons)
         scores = dict(prediction.scores)
         enqueue(path, ReviewItem(prediction.prompt, prediction.answer or "", reason, scores, evaluation.model))
         count += 1
+    if with_images:
+        log.warning("%d answers to images were not put into the review queue, which is for texts.", with_images)
     return count
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lory.evaluate.records import Question, Record, make_batches
-from lory.generate import GenerationOptions, decode_text, stream_steps
-from lory.runtime import LoryError
+from lory.batch import Answer, answer_batch, gather, plan_batches, seeded
+from lory.evaluate.records import Question, Record, describe_messages
+from lory.generate import GenerationOptions, decode_text
+from lory.types import Media
 
 if TYPE_CHECKING:
     from lory.assistant import Assistant
@@ -41,12 +42,14 @@ class Prediction:
     scores: dict[str, float] = field(default_factory=dict)
     parroting: list[str] = field(default_factory=list)
     """The kinds of parroting that the answer is part of."""
+    images: tuple[Media, ...] = field(default=(), repr=False)
+    """Those of the prompt, in their order."""
     question: Question | None = field(default=None, repr=False)
     answer_ids: tuple[int, ...] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """A line of predictions.jsonl."""
-        return {key: value for key, value in vars(self).items() if key not in ("question", "answer_ids")}
+        return {key: value for key, value in vars(self).items() if key not in ("images", "question", "answer_ids")}
 
 
 def answer_questions(
@@ -75,51 +78,45 @@ def answer_questions(
     samples: Counter[int] = Counter()
     several = [question for question in questions for _ in range(answers)]
     order = {id(question): number for number, question in enumerate(questions)}
-    total = len(several)
-    for number, batch in enumerate(make_batches(several, batch_size)):
-        if stopped():
-            break
-        # equal prompts in equal batches must not draw the same
-        seeded = options if options.seed is None else options.model_copy(update={"seed": options.seed + number})
-        generated = _generate(assistant, [question.prompt_ids for question in batch], seeded, stopped, fixed_length)
-        if generated is None:
-            break
-        for question, (ids, cut) in zip(batch, generated, strict=True):
+    for batch, given in _answer_all(assistant, several, options, batch_size, stopped, fixed_length):
+        for question, answer in zip(batch, given, strict=True):
             place = order[id(question)]
             sample = samples[place]
             samples[place] += 1
-            found[place, sample] = _describe(assistant, name, question, sample, ids, cut and not fixed_length)
-        progress(len(found), total)
+            cut = answer.reason == "length" and not fixed_length
+            found[place, sample] = _describe(assistant, name, question, sample, answer.ids, cut)
+        progress(len(found), len(several))
     return [found[key] for key in sorted(found)]
 
 
-def _generate(
+def _answer_all(
     assistant: Assistant,
-    prompts: Sequence[Sequence[int]],
+    questions: Sequence[Question],
     options: GenerationOptions,
+    batch_size: int,
     stopped: Callable[[], bool],
     fixed_length: bool,
-) -> list[tuple[list[int], bool]] | None:
-    """The ids of each answer and whether it was cut by its length; None if it was stopped."""
-    ends = assistant.terminators
-    answers: list[list[int]] = [[] for _ in prompts]
-    ended = [False] * len(prompts)
+) -> Iterator[tuple[list[Question], list[Answer]]]:
+    """Batches of questions with their answers, until it is stopped; the order of the questions is kept roughly.
+
+    So when an evaluation is stopped early, what was answered is a fair part of the source, not its shortest prompts.
+    """
+    model, ends = assistant.model, assistant.terminators
     watch = _Endless(ends) if fixed_length else None
-    try:
-        for step in stream_steps(assistant.model, prompts, options, ends, watch):
-            for row, token in enumerate(step.tokens):
-                if token in ends:
-                    ended[row] = True
-                elif token is not None:
-                    answers[row].append(token)
+    number = 0
+    for window in gather(questions, lambda question: question.make_prompt(assistant), batch_size):
+        prompts = [prompt for _, prompt in window]
+        for places in plan_batches(model, prompts, options, batch_size):
             if stopped():
-                return None
-    except (RuntimeError, MemoryError) as error:
-        reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        raise LoryError(
-            f"The answers could not be generated: {reason}; a lower --batch-size takes less memory."
-        ) from error
-    return [(answer, not end) for answer, end in zip(answers, ended, strict=True)]
+                return
+            # equal prompts in equal batches must not draw the same
+            own = seeded(options, number)
+            number += 1
+            batch = [prompts[place] for place in places]
+            answers = answer_batch(model, assistant.tokenizer, batch, own, ends, watch, stopped)
+            if answers is None:
+                return
+            yield [window[place][0] for place in places], answers
 
 
 class _Endless:
@@ -152,6 +149,7 @@ def _describe(
         sample=sample,
         tokens=len(ids),
         cut=cut,
+        images=question.record.images,
         question=question,
         answer_ids=tuple(ids),
     )
@@ -163,5 +161,5 @@ def describe_record(name: str, record: Record) -> Prediction:
     place = conversation.where
     if conversation.text is not None:
         return Prediction(name, "record", place, "", conversation.text)
-    prompt = [message.to_dict() for message in conversation.prompt]
-    return Prediction(name, "record", place, prompt, conversation.messages[-1].content)
+    prompt = describe_messages(conversation.prompt)
+    return Prediction(name, "record", place, prompt, conversation.messages[-1].content, images=record.images)

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lory.data.encoding.cache import find_rules, list_notes
 from lory.data.encoding.encode import Encoder
+from lory.data.encoding.pictures import ImageRules
 from lory.data.encoding.templates import render_turns
 from lory.data.sources.read import SourceConfig, open_source
-from lory.generate import decode_text
+from lory.data.vision.reader import make_prompt
+from lory.generate import Ids, decode_text
 from lory.runtime import UsageError
-from lory.types import Conversation, Sample
+from lory.types import Conversation, Media, Message, Sample
+
+if TYPE_CHECKING:
+    from lory.assistant import Assistant
 
 _CHUNK = 256
 """Records that are encoded together."""
@@ -26,10 +32,28 @@ class Record:
     conversation: Conversation
     samples: tuple[Sample, ...]
     loss: float = 0.0
-    """Sum of -log p over the supervised tokens, in nats."""
-    correct: int = 0
+    """Sum of -log p over the supervised tokens, in nats, each times its weight."""
+    correct: float = 0.0
+    """The weights of those that were predicted."""
+    weight: float = 0.0
     supervised: int = 0
     """How many supervised tokens were measured: none before."""
+
+    @property
+    def images(self) -> tuple[Media, ...]:
+        """Those of the prompt, in their order; what was fetched from the web is not fetched again."""
+        media = [media for message in self.conversation.prompt for media in message.media]
+        copies = self.samples[-1].images if self.samples else ()
+        if len(copies) != len(media):
+            return tuple(media)
+        return tuple(
+            Media(one.kind, copy.source) if isinstance(copy.source, bytes) else one
+            for one, copy in zip(media, copies, strict=True)
+        )
+
+    def scores(self) -> dict[str, float]:
+        """Mean loss and token accuracy; nothing before it was measured."""
+        return {"loss": self.loss / self.weight, "token_accuracy": self.correct / self.weight} if self.weight else {}
 
 
 @dataclass
@@ -41,6 +65,8 @@ class Source:
     read: int
     dropped: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
+    rules: ImageRules = field(default_factory=ImageRules)
+    """Which images of its records are opened."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +80,23 @@ class Question:
     prompt: list[dict[str, Any]] | str
     """Messages, or the plain text before the continuation."""
     target: str
+    rules: ImageRules | None = None
+    """Of a model that sees: which images are opened."""
+
+    def make_prompt(self, assistant: Assistant) -> Ids:
+        """What the model is fed; the images are opened now.
+
+        Raises:
+            UsageError: one cannot be opened any more.
+        """
+        if self.rules is None:
+            return self.prompt_ids
+        conversation, images = self.record.conversation, iter(self.record.images)
+        messages = [
+            replace(message, media=tuple(next(images) for _ in message.media)) for message in conversation.prompt
+        ]
+        root, limits = next(iter(self.rules.roots), None), self.rules.limits
+        return make_prompt(assistant.tokenizer, assistant.reader, messages, conversation.tools, root, limits)
 
     @property
     def prompt_text(self) -> str:
@@ -88,7 +131,7 @@ def read_sources(configs: Sequence[SourceConfig], encoder: Encoder, most: int | 
 
 def _read(config: SourceConfig, encoder: Encoder) -> Source:
     reader = open_source(config)
-    encoder.notes = Counter()
+    encoder = encoder.with_rules(find_rules([reader], encoder.rules))
     records: list[Record] = []
     dropped: Counter[str] = Counter()
     conversations = iter(reader)
@@ -102,8 +145,8 @@ def _read(config: SourceConfig, encoder: Encoder) -> Source:
     if not records:
         reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
         raise UsageError(f"{reader.name} has no record to evaluate on: {reasons}; look at its format or --max-tokens.")
-    notes = [*reader.notes, *(f"{what}: {count}" for what, count in encoder.notes.items())]
-    return Source(reader.name, records, reader.read, dropped, notes)
+    notes = [*reader.notes, *list_notes(encoder.notes)]
+    return Source(reader.name, records, reader.read, dropped, notes, encoder.rules)
 
 
 def _keep_windows(source: Source, most: int) -> None:
@@ -128,16 +171,46 @@ def list_questions(source: Source, encoder: Encoder, most_tokens: int) -> list[Q
     if len(chats) < len(source.records):
         count = len(source.records) - len(chats)
         source.notes.append(f"{count} plain texts have no prompt to answer; --greedy-continuation goes on with them")
+    if encoder.reader is not None:
+        return _keep_short([_show(record, encoder, source.rules) for record in chats], source, most_tokens)
     turns = [record.conversation.messages for record in chats]
     tools = [record.conversation.tools for record in chats]
     questions = []
     for record, (prompt, answer) in zip(chats, render_turns(tokenizer, turns, ends, tools), strict=True):
         while answer and answer[-1] in ends:
             answer = answer[:-1]
-        messages = [message.to_dict() for message in record.conversation.prompt]
         target = decode_text(tokenizer, answer)
+        messages = describe_messages(record.conversation.prompt)
         questions.append(Question(record, tuple(prompt), tuple(answer), messages, target))
     return _keep_short(questions, source, most_tokens)
+
+
+def _show(record: Record, encoder: Encoder, rules: ImageRules) -> Question:
+    """The question that a model which sees is asked; images are opened again then."""
+    conversation = record.conversation
+    target = conversation.messages[-1].content
+    ids = encoder.tokenizer(target, add_special_tokens=False)["input_ids"]
+    # in place of the prompt, whose length this tells about
+    start = record.samples[-1].input_ids[: -len(ids) or None]
+    return Question(record, start, tuple(ids), describe_messages(conversation.prompt), target, rules)
+
+
+def describe_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Messages as files and pages show them: an image by its path or address, or by how many bytes it has."""
+    described = []
+    for message in messages:
+        if not message.media:
+            described.append(message.to_dict())
+            continue
+        values = {**replace(message, media=()).to_dict(), "images": [_name(media.source) for media in message.media]}
+        described.append(values)
+    return described
+
+
+def _name(source: str | bytes) -> str:
+    if isinstance(source, bytes):
+        return f"{len(source):,} bytes"
+    return f"{source[:30]}…" if source[:5].lower() == "data:" else source
 
 
 def _keep_short(questions: list[Question], source: Source, most_tokens: int) -> list[Question]:
@@ -175,13 +248,3 @@ def list_prefixes(source: Source, encoder: Encoder, lengths: tuple[int, int], mo
 
 def _cut(ids: Sequence[int], size: int) -> list[tuple[int, ...]]:
     return [tuple(ids[start : start + size]) for start in range(0, len(ids) - size + 1, size)]
-
-
-def make_batches(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
-    """Batches of prompts of about the same length; the order of the source is kept roughly.
-
-    So when an evaluation is stopped early, what was answered is a fair part of the source, not its shortest prompts.
-    """
-    for start in range(0, len(questions), 16 * size):
-        near = sorted(questions[start : start + 16 * size], key=lambda question: len(question.prompt_ids))
-        yield from (near[first : first + size] for first in range(0, len(near), size))

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from lory.adapters.prompt import virtual_length
 from lory.data.encoding.encode import Encoder, LossOn
+from lory.data.encoding.pictures import ImageRules
 from lory.data.sources.read import SourceConfig
+from lory.data.vision.images import ImageLimits
 from lory.evaluate.answers import Prediction, answer_questions, describe_record
 from lory.evaluate.page import draw_page
-from lory.evaluate.prediction import Predictor
+from lory.evaluate.prediction import Predictor, Totals
 from lory.evaluate.records import Question, Source, list_prefixes, list_questions, read_sources
-from lory.evaluate.scores import score_answers, score_classes, score_counts, score_each, score_repetition
+from lory.evaluate.scores import score_answers, score_classes, score_each, score_repetition
 from lory.generate import GenerationOptions
-from lory.metrics.prediction import PredictionCounts
 from lory.runtime import UsageError, write_aside, write_json, write_text
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Settings:
     """Continue plain texts greedily: tokens of a prefix and of its continuation."""
     batch_size: int = 8
     """Prompts that are answered together."""
+    fetch_images: bool = False
+    """Whether images on the web are fetched."""
 
     def check(self) -> None:
         """Raises UsageError where the settings cannot be."""
@@ -118,7 +121,9 @@ def evaluate(
             f"{sum(settings.continuation)} tokens of prefix and continuation exceed the context, {context}."
         )
     longest = settings.max_tokens if context is None else min(settings.max_tokens, context)
-    encoder = Encoder(assistant.tokenizer, assistant.terminators, longest, "drop", settings.loss_on)
+    rules = ImageRules(limits=ImageLimits(allow_urls=settings.fetch_images))
+    ends, reader = assistant.terminators, assistant.reader
+    encoder = Encoder(assistant.tokenizer, ends, longest, "drop", settings.loss_on, reader, rules)
     read = read_sources(sources, encoder, settings.most_records)
     # a prompt may be as long as the context, less the first token of the answer
     work = _Work(assistant, settings, encoder, (context or math.inf) - 1, progress or _say_nothing)
@@ -144,17 +149,18 @@ class _Work:
 
     def run(self, sources: Sequence[Source], max_tokens: int) -> Evaluation:
         """All of it, source by source."""
-        predictor = Predictor(self.assistant.model, max_tokens, self.assistant.tokenizer.pad_token_id or 0)
+        assistant = self.assistant
+        predictor = Predictor(assistant.model, max_tokens, assistant.tokenizer.pad_token_id or 0, assistant.reader)
         scores: dict[str, dict[str, Any]] = {}
-        everything, counts = [], PredictionCounts()
+        everything, totals = [], Totals()
         for source in sources:
             own = predictor.measure(source.records, self.stopped, self._bar(f"Reading {source.name}"))
             predictions = self._answer(source)
-            counts.merge(own)
+            totals.merge(own)
             everything += predictions
             read = {"records": len(source.records), "read": source.read, "dropped": dict(source.dropped)}
             scores[source.name] = {**read, "notes": source.notes, **self._score(own, predictions, per_source=True)}
-        total = {"records": sum(len(source.records) for source in sources), **self._score(counts, everything)}
+        total = {"records": sum(len(source.records) for source in sources), **self._score(totals, everything)}
         stopped = self.stopped()
         return Evaluation(self.assistant.name, scores, total, everything, self.notes, stopped)
 
@@ -179,8 +185,7 @@ class _Work:
         for record in source.records:
             if id(record) not in answered and record.supervised:
                 alone = describe_record(source.name, record)
-                alone.scores["loss"] = record.loss / record.supervised
-                alone.scores["token_accuracy"] = record.correct / record.supervised
+                alone.scores |= record.scores()
                 predictions.append(alone)
         return predictions
 
@@ -205,10 +210,8 @@ class _Work:
             fixed_length,
         )
 
-    def _score(
-        self, counts: PredictionCounts, predictions: Sequence[Prediction], per_source: bool = False
-    ) -> dict[str, Any]:
-        scores: dict[str, Any] = {"prediction": score_counts(counts)}
+    def _score(self, totals: Totals, predictions: Sequence[Prediction], per_source: bool = False) -> dict[str, Any]:
+        scores: dict[str, Any] = {"prediction": totals.scores()}
         if answers := [p for p in predictions if p.kind == "answer"]:
             # the marks on the predictions are those of the whole, which is scored last
             scores["answers"] = score_answers(answers, self.notes)

@@ -11,10 +11,10 @@ from statistics import fmean
 from typing import Any
 
 from lory.evaluate.answers import Prediction
+from lory.evaluate.formulas import are_formulas, compare_formulas, score_formulas, split_formula
 from lory.metrics import text
 from lory.metrics.classification import classification_scores
 from lory.metrics.parroting import find_parroting
-from lory.metrics.prediction import PredictionCounts
 from lory.metrics.repetition import distinct_n, repetition_scores, unique_tokens
 from lory.metrics.similarity import self_similarity
 
@@ -22,15 +22,9 @@ MOST_LABEL_WORDS = 4
 MOST_LABEL_CHARACTERS = 40
 
 
-def score_counts(counts: PredictionCounts) -> dict[str, Any]:
-    """`tokens`, mean `loss` in nats and what `PredictionCounts.scores` has; only `tokens` if nothing was counted."""
-    if not counts.predicted:
-        return {"tokens": 0}
-    return {"tokens": counts.predicted, "loss": counts.loss / counts.predicted, **counts.scores()}
-
-
 def score_each(predictions: Sequence[Prediction]) -> None:
     """Give each prediction its own scores."""
+    formulas = are_formulas([prediction.target for prediction in predictions if prediction.kind == "answer"])
     for prediction in predictions:
         if prediction.question is None or prediction.answer is None:
             continue
@@ -38,12 +32,15 @@ def score_each(predictions: Sequence[Prediction]) -> None:
         if prediction.kind == "answer":
             scores["exact_match"] = text.exact_match([prediction.answer], [prediction.target])
             scores["edit_distance"] = text.normalized_edit_distance([prediction.answer], [prediction.target])
-            scores["loss"] = record.loss / max(record.supervised, 1)
+            scores |= record.scores()
+            if formulas:
+                pair = [split_formula(prediction.answer), split_formula(prediction.target)]
+                scores["formula_edit_distance"] = compare_formulas(*pair)
         scores |= repetition_scores(prediction.answer_ids)
 
 
 def score_answers(predictions: Sequence[Prediction], notes: list[str]) -> dict[str, Any]:
-    """Scores of answers against their targets, over all of them.
+    """Scores of answers against their targets, over all of them; ``formulas`` where the targets are LaTeX.
 
     Args:
         notes: gets what could not be computed, and why.
@@ -57,9 +54,12 @@ def score_answers(predictions: Sequence[Prediction], notes: list[str]) -> dict[s
         "exact_match": fmean(p.scores["exact_match"] for p in predictions),
         "edit_distance": fmean(p.scores["edit_distance"] for p in predictions),
     }
-    if _has("sacrebleu", "BLEU", notes):
+    has_bleu = _has("sacrebleu", "BLEU", notes)
+    if has_bleu:
         found = text.bleu(answers, targets)
         scores |= {"bleu": found["bleu"], "bleu_signature": found["signature"]}
+    if are_formulas(targets):
+        scores["formulas"] = score_formulas(answers, targets, has_bleu)
     if _has("rouge_score", "ROUGE", notes):
         scores |= text.rouge(answers, targets)
     return scores | score_repetition(predictions) | _score_parroting(predictions)
