@@ -6,7 +6,7 @@ PEERS := .venv-peers
 # one spinning thread beside another process can slow a run tenfold; passive waiting does not
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-step clean
 
 demo: $(VENV)/.core
 	$(BIN)/lory demo
@@ -20,18 +20,34 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Everything side by side with the peers, which live in an environment of their own; run it on a quiet machine
-bench: $(VENV)/.dev $(PEERS)/.done
+# Everything side by side with the peers, which live in an environment of their own; run it on a quiet machine. What the
+# training step comes to is written into docs/benchmarks.md, with its pictures. BENCH_DATA is a source of chats as in
+# data.train: the bundled one has short records only.
+BENCH_DATA ?= general
+BENCH_THREADS ?= 1,2
+BENCH_ROUNDS ?= 6
+RESULTS := build/bench
+STEP = $(BIN)/python -m benchmarks.step --data $(BENCH_DATA) --threads $(BENCH_THREADS) --rounds $(BENCH_ROUNDS) --json
+TOLD = --data $(BENCH_DATA) --peer-python $(PEERS)/bin/python
+
+bench: bench-step
 	$(BIN)/python -m benchmarks.lora_layer
-	$(BIN)/python -m benchmarks.step --targets qv --peer-python $(PEERS)/bin/python
-	$(BIN)/python -m benchmarks.step --targets all --peer-python $(PEERS)/bin/python
-	$(BIN)/python -m benchmarks.step --targets qv --no-onednn
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.data --trl $(PEERS)/bin/python
 	$(BIN)/python -m benchmarks.fold --steps 4
 	$(BIN)/python -m benchmarks.quantized
 	$(BIN)/python -m benchmarks.guard
+
+bench-step: $(VENV)/.dev $(PEERS)/.done
+	mkdir -p $(RESULTS)
+	$(STEP) --targets qv --peer-python $(PEERS)/bin/python > $(RESULTS)/step-1-qv.json
+	$(STEP) --targets all --peer-python $(PEERS)/bin/python > $(RESULTS)/step-2-all.json
+	$(STEP) --targets qv --records long --peer-python $(PEERS)/bin/python > $(RESULTS)/step-3-long.json
+	$(STEP) --targets qv --no-onednn --peer-python $(PEERS)/bin/python > $(RESULTS)/step-4-default.json
+	$(BIN)/python -m benchmarks.memory $(TOLD) --json > $(RESULTS)/memory.json
+	$(BIN)/python -m benchmarks.curves $(TOLD) --picture docs/images/loss-curves.png --json > $(RESULTS)/curves.json
+	$(BIN)/python -m benchmarks.report $(RESULTS)
 
 $(PEERS)/.done: constraints.txt
 	$(PYTHON) -m venv $(PEERS)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.turns import ADAPTERS
-from benchmarks.workers import Worker, choose_pythons, draw_samples, find_versions, write_job
+from benchmarks.workers import Worker, choose_pythons, find_versions, join_samples, read_samples, write_job
 
 BATCH = 4
 
@@ -100,17 +100,25 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     count = BATCH * (arguments.rounds + 1)
-    samples = draw_samples(arguments.data, count, arguments.seed, joined=arguments.records == "long")
+    samples = read_samples(arguments.data, arguments.seed)
+    if arguments.records == "long":
+        samples = join_samples(samples)
+    if len(samples) < count:
+        raise SystemExit(f"{arguments.data} gives {len(samples)} samples; {count} are needed: give a larger --data.")
     pythons = choose_pythons(arguments.peer_python, not arguments.no_onednn)
     runs = []
-    with write_job(samples, BATCH, arguments.targets) as job:
+    with write_job(samples[:count], BATCH, arguments.targets) as job:
         for threads in (int(number) for number in arguments.threads.split(",")):
             runs.append(run_threads(job, threads, arguments.rounds, pythons))
             if not arguments.json:
                 print_table(runs[-1])
     if arguments.json:
         told = {"targets": arguments.targets, "records": arguments.records, "data": Path(arguments.data).name}
-        print(json.dumps(told | {"onednn": not arguments.no_onednn, "versions": find_versions(pythons["hf"]), "runs": runs}))
+        print(
+            json.dumps(
+                told | {"onednn": not arguments.no_onednn, "versions": find_versions(pythons["hf"]), "runs": runs}
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lory.adapters.inject import AdapterConfig, attach_lora
 from lory.models.fused_body import fused_layers
+from lory.models.kernels import Kernels
 
 
 def adapt(model: Any, **settings: Any) -> Any:
@@ -118,6 +119,38 @@ def test_padded_rows_autocast_hooks_and_checkpointing_take_the_ordinary_path(ran
     assert fused.covers(None)
     checkpoint(model)
     assert not fused.covers(None)
+
+
+class WrongBackward(Kernels):
+    """Kernels whose forward is right."""
+
+    def gate_back(self, grad: Tensor, gate: Tensor, up: Tensor, opened: Tensor | None) -> tuple[Tensor, Tensor]:
+        first, second = super().gate_back(grad, gate, up, opened)
+        return second, first
+
+
+class Broken(Kernels):
+    """Kernels that do not run here."""
+
+    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        raise RuntimeError("no such kernel\nat all")
+
+
+def test_off_a_cpu_gradients_are_measured_too(
+    monkeypatch: pytest.MonkeyPatch, random_model: Callable[..., Any]
+) -> None:
+    model = adapt(random_model("Llama"))
+    for layer in model.base_model.layers:
+        nn.init.normal_(layer.mlp.gate_proj.lora_B)
+    monkeypatch.setattr("lory.models.fused_body._wants_gradients", lambda weight: True)
+    assert fused_layers(model)[1] == ""
+    assert fused_layers(model, WrongBackward()) == (None, "the fused layers' gradients are not LlamaForCausalLM's")
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_kernels_that_fail_are_told(random_model: Callable[..., Any]) -> None:
+    reason = "the fused layers cannot do what LlamaForCausalLM does (no such kernel)"
+    assert fused_layers(adapt(random_model("Llama")), Broken()) == (None, reason)
 
 
 @pytest.mark.parametrize("training", [True, False])

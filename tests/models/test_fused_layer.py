@@ -13,6 +13,8 @@ from lory.adapters.inject import AdapterConfig, attach_lora
 from lory.models import fused_attention
 from lory.models.attention import document_arguments, documents_apart
 from lory.models.fused_body import FusedLayers, fused_layers
+from lory.models.kernels import CompiledKernels
+from lory.models.varlen import Spans
 
 LENGTHS = torch.tensor([1, 63, 64, 65, 200])
 # three queries to a key, and heads that do not add up to the hidden size
@@ -165,6 +167,25 @@ def test_a_half_precision_base_learns_as_on_the_ordinary_path(random_model: Call
     assert error < 1.5 * ordinary_error
 
 
+def test_on_a_gpu_adapters_are_multiplied_in_the_bases_precision(
+    monkeypatch: pytest.MonkeyPatch, random_model: Callable[..., Any]
+) -> None:
+    model = prepare(random_model("Llama", **ODD), torch.bfloat16)
+    ids, fused = draw(int(LENGTHS.sum())), fuse(model)
+    found = {}
+    for narrow in (False, True):
+        monkeypatch.setattr("lory.models.fused_layer._multiplies_narrowly", lambda x, narrow=narrow: narrow)
+        found[narrow] = gradients(model, fused(ids, LENGTHS))
+    exact = gradients(model.double(), run_ordinarily(model, ids))
+    assert {gradient.dtype for gradient in found[True].values()} == {torch.float32}
+
+    def measure_error(gradients: dict[str, Tensor]) -> float:
+        errors = [(gradients[name].double() - exact[name]).square().sum() for name in exact]
+        return float(sum(errors) / sum(gradient.square().sum() for gradient in exact.values())) ** 0.5
+
+    assert measure_error(found[True]) < 1.5 * measure_error(found[False])
+
+
 def test_without_gradients_nothing_is_kept(random_model: Callable[..., Any]) -> None:
     model = prepare(random_model("Llama", **ODD))
     ids = draw(int(LENGTHS.sum()))
@@ -222,14 +243,30 @@ def test_blocks_of_any_size_give_dense_attention(
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_a_devices_own_attention_is_the_same(window: int | None) -> None:
-    seen = fused_attention.Seen((0, 1, 9, 30), 0.5, window)
-    q, k, v, grad = (torch.randn(30, heads, 4, dtype=torch.float64) for heads in (6, 2, 2, 6))
-    torch.testing.assert_close(fused_attention._attend_on_device(q, k, v, seen), fused_attention.attend(q, k, v, seen))
-    for ours, theirs in zip(
-        fused_attention._attend_back_on_device(grad, q, k, v, seen),
-        fused_attention.attend_back(grad, q, k, v, seen),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs)
+@pytest.mark.parametrize(("family", "changes"), [("Llama", {}), ("Qwen3", {}), ("Mistral", {"sliding_window": 7})])
+@pytest.mark.parametrize("targets", ["all-linear", ["gate_proj"]])
+def test_a_devices_own_attention_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+    random_model: Callable[..., Any],
+    family: str,
+    changes: dict[str, Any],
+    targets: Any,
+) -> None:
+    model = prepare(random_model(family, **(ODD | changes)), targets=targets)
+    ids, fused = draw(int(LENGTHS.sum())), fuse(model)
+    expected = fused(ids, LENGTHS)
+
+    def place(borders: tuple[int, ...], scaling: float, window: int | None, _: None) -> fused_attention.Seen:
+        return fused_attention.Seen(borders, scaling, window, Spans.of(borders, torch.device("cpu")))
+
+    monkeypatch.setattr("lory.models.fused_body.Seen", place)
+    assert_alike(model, fused(ids, LENGTHS), expected, 1e-10)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(ids, LENGTHS), expected.detach())
+
+
+def test_compiled_kernels_give_the_same(random_model: Callable[..., Any]) -> None:
+    model = prepare(random_model("Qwen3", **ODD))
+    ids = draw(int(LENGTHS.sum()))
+    eager = CompiledKernels(lambda function: function)
+    assert_alike(model, FusedLayers(model, eager)(ids, LENGTHS), fuse(model)(ids, LENGTHS), 1e-10)

@@ -10,9 +10,10 @@ import torch
 
 from lory.adapters.inject import AdapterConfig, attach_lora
 from lory.adapters.prompt import PromptConfig, attach
+from lory.decoding.contrastive_search import contrastive_steps
 from lory.decoding.loop import decode_steps
 from lory.generate import GenerationOptions, generate_batch
-from lory.models.lean import find_decoder, prepare_for_decoding
+from lory.models.lean import LeanDecoder, find_decoder, prepare_for_decoding
 
 FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("Llama", {}),
@@ -210,3 +211,34 @@ def test_other_models_keep_their_own_forward(
     assert ("layers in int8" if int8 else "weights transposed") in done
     assert find_decoder(model) is None
     assert (after - before).norm() < (0.05 if int8 else 1e-5) * before.norm()
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "one key for all"])
+@pytest.mark.parametrize("given", [ONE, SEVERAL], ids=["one", "several"])
+def test_contrastive_search_finds_the_same_through_it(
+    random_model: Callable[..., Any], name: str, given: dict[str, torch.Tensor]
+) -> None:
+    model = make(random_model, name)
+
+    def search() -> list[list[int | None]]:
+        steps = contrastive_steps(model, given, GREEDY, 0.6, 5, find_decoder(model))
+        return [step.tokens for step in steps]
+
+    own = search()
+    assert prepare_for_decoding(model).startswith("decoding: lean forward")
+    with pytest.MonkeyPatch.context() as patched:
+        # the model's own forward is for the prompt alone
+        patched.setattr(type(find_decoder(model)), "run_body", counted := Counted(LeanDecoder.run_body))
+        assert search() == own
+    assert counted.times >= GREEDY["max_new_tokens"] - 1
+
+
+class Counted:
+    """A method that counts its calls."""
+
+    def __init__(self, method: Callable[..., Any]) -> None:
+        self.method, self.times = method, 0
+
+    def __get__(self, instance: Any, _: type) -> Callable[..., Any]:
+        self.times += 1
+        return self.method.__get__(instance)  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ the function registered here attends within each. It is chosen on the instance's
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lory.models.fused_attention import Attention, Seen
+from lory.models.varlen import Spans, attend_spans, choose_kernel, hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,6 +41,7 @@ def attend_documents(
     sliding_window: int | None = None,
     softcap: float | None = None,
     prefix_states: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each document of a row (transformers' attention interface).
@@ -51,19 +54,26 @@ def attend_documents(
         softcap: scores are softcap * tanh(scores / softcap) (Gemma 2).
         prefix_states: (2 * layers, 1, kv_heads, P, head_dim) keys of layer 0, values of layer 0, keys of layer 1, ...
             that stand in place of those of each document's first P tokens.
+        cu_seq_lens_k: the borders on the row's device.
 
     Returns:
         (1, T, heads, head_dim).
     """
     if cu_seq_lens_q is None or attention_mask is not None or unused.get("s_aux") is not None:
         raise ValueError("packed attention needs the documents' borders, no mask and no attention sinks")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    borders = tuple(cu_seq_lens_q.tolist())
     # with oneDNN's products a third of the fused attention's time at 100 tokens, two thirds at 400, the same at 1,600
     if query.is_cpu and softcap is None and not dropout and prefix_states is None:
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-        return Attention.apply(q, k, v, Seen(tuple(cu_seq_lens_q.tolist()), scaling, sliding_window))[None], None
+        return Attention.apply(q, k, v, Seen(borders, scale, sliding_window))[None], None
+    kernel = choose_kernel(query.device, query.dtype, query.shape[-1], dropout, softcap)
+    if prefix_states is None and kernel != "documents":
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        spans = Spans.of(borders, query.device) if cu_seq_lens_k is None else Spans(borders, cu_seq_lens_k)
+        return attend_spans(q, k, v, spans, scale, sliding_window, dropout, softcap)[None], None
     outputs = []
-    for start, end in zip(cu_seq_lens_q[:-1].tolist(), cu_seq_lens_q[1:].tolist(), strict=True):
+    for start, end in itertools.pairwise(borders):
         q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
         if prefix_states is not None:
             states = prefix_states[2 * module.layer_idx :][:2]
@@ -84,7 +94,7 @@ def _attend(
     if softcap is not None or (q.device.type == "cpu" and length <= SHORT_TOKENS):
         return _attend_plainly(q, k, v, scaling, dropout, window, softcap)
     grouped = q.shape[1] != k.shape[1]
-    visible = None if window is None else ~_hidden(length, window, q.device)
+    visible = None if window is None else ~hidden(length, window, q.device)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=visible, dropout_p=dropout, is_causal=visible is None, scale=scaling, enable_gqa=grouped
     )
@@ -101,16 +111,10 @@ def _attend_plainly(
     scores = (stacked @ k[0].transpose(1, 2)).view(groups, heads // groups, length, length)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(_hidden(length, window, q.device), -torch.inf)
+    scores = scores.masked_fill(hidden(length, window, q.device), -torch.inf)
     weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     weights = F.dropout(weights, dropout) if dropout else weights
     return (weights.view(groups, -1, length) @ v[0]).view(1, heads, length, head_dim)
-
-
-def _hidden(length: int, window: int | None, device: torch.device) -> Tensor:
-    """(t, t) true where a token must not look: ahead, or further back than the window."""
-    ahead = torch.ones(length, length, dtype=torch.bool, device=device).triu(1)
-    return ahead if window is None else ahead | torch.ones_like(ahead).tril(-window)
 
 
 @contextlib.contextmanager
@@ -122,12 +126,15 @@ def documents_apart(model: PreTrainedModel) -> Iterator[None]:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, attend_documents)
-    own = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    text = model.config.get_text_config()
+    own = text._attn_implementation
+    # a tower attends as it does
+    part = next((name for name in model.config.sub_configs if getattr(model.config, name, None) is text), None)
+    model.set_attn_implementation(NAME if part is None else {part: NAME})
     try:
         yield
     finally:
-        model.set_attn_implementation(own)
+        model.set_attn_implementation(own if part is None else {part: own})
 
 
 def keeps_documents_apart(model: PreTrainedModel, longest: int = 0) -> bool:
@@ -181,7 +188,8 @@ def document_arguments(seq_lens: Tensor, device: torch.device) -> dict[str, Any]
     return {
         "position_ids": position_ids.to(device),
         "cu_seq_lens_q": borders,
-        "cu_seq_lens_k": borders,
+        # where the kernels of a device look for them
+        "cu_seq_lens_k": borders.to(device, non_blocking=True),
         "max_length_q": longest,
         "max_length_k": longest,
     }

@@ -2,7 +2,7 @@
 
 On a CPU each document is cut into blocks of queries that see all keys up to their own end, as products of matrices;
 the probabilities are made again in the backward pass. torch's fused attention takes two to four times as long there.
-Other devices have good fused kernels, which are used document by document.
+Other devices have kernels of their own (`lory.models.varlen`).
 
 Shapes: T tokens, N heads, G heads of keys and values, D numbers of a head.
 """
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from lory.models.varlen import Spans, attend_spans
 
 # Queries of a block: small blocks compute little that is masked, large ones make fewer calls
 BLOCK_TOKENS = 64
@@ -31,6 +33,8 @@ class Seen(NamedTuple):
     scaling: float
     window: int | None = None
     """A token sees this many tokens, itself included."""
+    spans: Spans | None = None
+    """The borders for the kernels of a device; None: in blocks, as on a CPU."""
 
 
 class _Block(NamedTuple):
@@ -42,8 +46,8 @@ class _Block(NamedTuple):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     """Attention of q (T, N, D) to k and v (T, G, D): (T, N, D)."""
-    if not q.is_cpu:
-        return _attend_on_device(q, k, v, seen)
+    if seen.spans:
+        return attend_spans(q, k, v, seen.spans, seen.scaling, seen.window)
     out = torch.empty_like(q)
     for blocks in _cut_documents(seen):
         for block in blocks:
@@ -53,9 +57,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
 
 
 def attend_back(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `attend` to q, k and v; `grad` is (T, N, D)."""
-    if not q.is_cpu:
-        return _attend_back_on_device(grad, q, k, v, seen)
+    """The gradients of `attend` in blocks to q, k and v; `grad` is (T, N, D)."""
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     groups = k.shape[1]
     for blocks in _cut_documents(seen):
@@ -139,27 +141,3 @@ def _hidden(block: _Block, window: int, device: torch.device) -> Tensor:
     queries = torch.arange(block.queries.start, block.queries.stop, device=device)[:, None]
     keys = torch.arange(block.keys.start, block.keys.stop, device=device)
     return (keys > queries) | (queries - keys >= window)
-
-
-def _attend_on_device(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
-    parts = []
-    for start, end in zip(seen.borders[:-1], seen.borders[1:], strict=True):
-        one_q, one_k, one_v = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
-        mask = None
-        if seen.window is not None and end - start > seen.window:
-            whole = slice(start, end)
-            mask = ~_hidden(_Block(whole, whole), seen.window, q.device)
-        grouped = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(
-            one_q, one_k, one_v, attn_mask=mask, is_causal=mask is None, scale=seen.scaling, enable_gqa=grouped
-        )
-        parts.append(y[0].transpose(0, 1))
-    return torch.cat(parts)
-
-
-def _attend_back_on_device(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
-        leaf_q, leaf_k, leaf_v = (x.detach().requires_grad_() for x in (q, k, v))
-        out = _attend_on_device(leaf_q, leaf_k, leaf_v, seen)
-    grad_q, grad_k, grad_v = torch.autograd.grad(out, [leaf_q, leaf_k, leaf_v], grad)
-    return grad_q, grad_k, grad_v

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import lory.lora as lora
+from lory.lora.fp8 import LinearFp8
 from lory.models.fused_attention import Seen
 from lory.models.fused_layer import ATTENTION, MLP, run_layer
+from lory.models.kernels import PLAIN, Kernels
+from lory.models.varlen import Spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,8 +31,8 @@ _PROBE = (3, 5)
 class FusedLayers:
     """A model's body, from token ids to the last hidden states, for documents packed in a row."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, kernels: Kernels = PLAIN) -> None:
+        self.model, self.kernels = model, kernels
 
     def __call__(self, input_ids: Tensor, seq_lens: Tensor) -> Tensor:
         """The states after the last norm.
@@ -48,9 +51,11 @@ class FusedLayers:
         x = body.embed_tokens(input_ids)
         cos, sin = (t[0] for t in body.rotary_emb(x, position_ids=positions))
         x = x[0]
+        spans = None if x.is_cpu else Spans.of(borders, x.device)
         for layer in body.layers[: body.config.num_hidden_layers]:
             attention = layer.self_attn
-            x = run_layer(layer, x, cos, sin, Seen(borders, attention.scaling, _window(attention)))
+            seen = Seen(borders, attention.scaling, _window(attention), spans)
+            x = run_layer(layer, x, cos, sin, seen, self.kernels)
         return body.norm(x)[None]
 
     def covers(self, attention_mask: Tensor | None) -> bool:
@@ -60,16 +65,16 @@ class FusedLayers:
         return attention_mask is None and not autocast and not _explain_modules(self.model)
 
 
-def fused_layers(model: PreTrainedModel) -> tuple[FusedLayers | None, str]:
+def fused_layers(model: PreTrainedModel, kernels: Kernels = PLAIN) -> tuple[FusedLayers | None, str]:
     """The fast body of `model` with its adapter, or None and the reason, as a clause that says what is in the way."""
     if reason := _explain_body(model):
         return None, reason
     for index, layer in enumerate(model.base_model.layers):
         if reason := _explain_layer(layer):
             return None, f"layer {index} {reason}"
-    fused = FusedLayers(model)
-    if not _measures_alike(model, fused):
-        return None, f"{type(model).__name__} computes something that the fused layers do not"
+    fused = FusedLayers(model, kernels)
+    if reason := _measure_difference(model, fused):
+        return None, reason
     return fused, ""
 
 
@@ -83,7 +88,8 @@ def _explain_body(model: PreTrainedModel) -> str:
         return f"the model carries '{others[0]}'"
     if reason := _explain_modules(model):
         return reason
-    weights = [p for n, p in model.base_model.named_parameters() if ".lora_" not in n]
+    fp8 = {id(part.weight) for part in model.modules() if isinstance(part, LinearFp8)}
+    weights = [p for n, p in model.base_model.named_parameters() if ".lora_" not in n and id(p) not in fp8]
     if len({(p.dtype, p.device) for p in weights}) > 1 or not weights[0].is_floating_point():
         return "the weights differ in precision or place"
     return ""
@@ -142,7 +148,7 @@ def _epsilon(norm: nn.Module) -> bool:
 
 
 def _explain_projection(part: Any) -> str:
-    if type(part) not in (nn.Linear, lora.Linear):
+    if type(part) not in (nn.Linear, lora.Linear, LinearFp8):
         return "is quantized, or no plain linear layer"
     if part.weight.requires_grad or (part.bias is not None and part.bias.requires_grad):
         return "is trained in full"
@@ -166,22 +172,45 @@ def _window(attention: nn.Module) -> int | None:
     return shared
 
 
-def _measures_alike(model: PreTrainedModel, fused: FusedLayers) -> bool:
-    """Whether the fused body gives the states of the model's own, each document alone."""
-    weight = model.get_input_embeddings().weight
+def _measure_difference(model: PreTrainedModel, fused: FusedLayers) -> str:
+    """What is in the way of the fused body: other states than the model's own, each document alone, or on other devices
+    than CPUs, where not all of its parts are tested, other gradients; empty if nothing is."""
+    name, weight = type(model).__name__, model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(len(weight), (1, n), generator=generator).to(weight.device) for n in _PROBE]
+    learnt = [p for p in model.base_model.parameters() if p.requires_grad] if _wants_gradients(weight) else []
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            expected = [model.base_model(d, use_cache=False).last_hidden_state for d in documents]
-            found = fused(torch.cat(documents, dim=1), torch.tensor(_PROBE))
-    except (TypeError, ValueError, RuntimeError, AttributeError):
+        with torch.set_grad_enabled(bool(learnt)):
+            alone = [model.base_model(d, use_cache=False).last_hidden_state for d in documents]
+            expected, found = torch.cat(alone, dim=1), fused(torch.cat(documents, dim=1), torch.tensor(_PROBE))
+            gradients = [_differentiate(states, learnt) for states in (found, expected)]
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         # it wants other arguments or has other shapes, which is the answer to the question
-        return False
+        return f"the fused layers cannot do what {name} does ({str(error).partition(chr(10))[0].rstrip('.')})"
     finally:
         model.train(training)
-    states = torch.cat(expected, dim=1)
-    limit = 5e-2 if states.dtype in (torch.bfloat16, torch.float16) else 1e-4
-    return bool((found - states).abs().max() <= limit * states.abs().max().clamp(min=1e-6))
+    limit = 5e-2 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    if any(isinstance(part, LinearFp8) for part in model.modules()):
+        limit = 1e-1  # a number between two of FP8 falls to either side
+    if (found - expected).abs().max() > limit * expected.abs().max().clamp(min=1e-6):
+        return f"{name} computes something that the fused layers do not"
+    ours, theirs = gradients
+    if (ours - theirs).norm() > 3 * limit * theirs.norm():
+        return f"the fused layers' gradients are not {name}'s"
+    return ""
+
+
+def _wants_gradients(weight: Tensor) -> bool:
+    return not weight.is_cpu
+
+
+def _differentiate(states: Tensor, learnt: list[Tensor]) -> Tensor:
+    """The gradient of a function of the states to all that is learnt, in one vector."""
+    if not learnt:
+        return states.new_zeros(1)
+    # any function will do whose gradient is not the same everywhere
+    value = (states.float() * torch.linspace(-1, 1, states.shape[-1], device=states.device)).sum()
+    gradients = torch.autograd.grad(value, learnt, allow_unused=True)
+    return torch.cat([gradient.float().flatten() for gradient in gradients if gradient is not None])

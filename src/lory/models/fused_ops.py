@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lory.lora.fp8 import Rounded, multiply, multiply_back, round_rows
+
 
 def measure_scale(x: Tensor, eps: float) -> Tensor:
     """``1 / sqrt(mean(x^2) + eps)`` over the last dimension, kept: (..., 1) in fp32 or higher (RMSNorm)."""
@@ -76,7 +78,7 @@ class Factors(NamedTuple):
 class Projection:
     """A frozen linear layer with or without an adapter."""
 
-    weight: Tensor
+    weight: Tensor | Rounded
     """(out, in)"""
     bias: Tensor | None
     factors: Factors | None
@@ -99,13 +101,11 @@ def project(x: Tensor, projections: Sequence[Projection], residual: Tensor | Non
         residual: (T, out) added to the outputs.
     """
     narrow = _project_down(x, projections)
+    # once for all that share it
+    rounded = round_rows(x) if any(isinstance(p.weight, Rounded) for p in projections) else None
     results = []
     for projection, shared in zip(projections, narrow, strict=True):
-        y = (
-            F.linear(x, projection.weight, projection.bias)
-            if residual is None
-            else _add_linear(residual, x, projection)
-        )
+        y = _project_base(x, rounded, projection, residual)
         kept = shared
         if factors := projection.factors:
             if shared.h is None:
@@ -136,9 +136,32 @@ def _add_product(y: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tens
     return y.to(precise).addmm_(left.to(precise), right.to(precise), alpha=scaling).to(y.dtype)
 
 
-def _add_linear(residual: Tensor, x: Tensor, projection: Projection) -> Tensor:
-    y = torch.addmm(residual, x, projection.weight.t())
-    return y if projection.bias is None else y.add_(projection.bias)
+def _project_base(x: Tensor, rounded: Rounded | None, projection: Projection, residual: Tensor | None) -> Tensor:
+    """``W x + bias`` in a tensor of its own, with the residual added."""
+    weight, bias = projection.weight, projection.bias
+    if isinstance(weight, Rounded):
+        assert rounded is not None
+        y = multiply(rounded, weight, x.dtype)
+        y = y if residual is None else y.add_(residual)
+    elif residual is None:
+        return F.linear(x, weight, bias)
+    else:
+        y = torch.addmm(residual, x, weight.t())
+    return y if bias is None else y.add_(bias)
+
+
+def _project_base_back(grads: Sequence[Tensor], projections: Sequence[Projection]) -> Tensor:
+    """The gradient to the shared x of `_project_base`."""
+    total: Tensor | None = None
+    for grad, projection in zip(grads, projections, strict=True):
+        weight = projection.weight
+        if isinstance(weight, Rounded):
+            part = multiply_back(grad, weight)
+            total = part if total is None else total.add_(part)
+        else:
+            total = grad @ weight if total is None else total.addmm_(grad, weight)
+    assert total is not None
+    return total
 
 
 def _sharing(projections: Sequence[Projection]) -> list[Factors]:
@@ -165,11 +188,7 @@ def project_back(
         grads: (T, out) of each projection.
         x: (T, in) the input; needed where there is an adapter.
     """
-    grad_x: Tensor | None = None
-    if need_x:
-        grad_x = grads[0] @ projections[0].weight
-        for grad, projection in zip(grads[1:], projections[1:], strict=True):
-            grad_x.addmm_(grad, projection.weight)
+    grad_x = _project_base_back(grads, projections) if need_x else None
     narrow: list[Tensor] = []
     pairs: list[tuple[Tensor, Tensor] | None] = []
     for grad, projection, (h, mask) in zip(grads, projections, kept, strict=True):

@@ -99,18 +99,34 @@ class LeanDecoder:
         if position_ids is None:
             start = past_key_values.get_seq_length()
             position_ids = torch.arange(start, start + tokens, device=hidden.device)[None]
+        mask = _mask(attention_mask, tokens)
+        # oneDNN is 15 to 20% slower for the products of a single row
+        with _default_path(self.fp32_precision if hidden.shape[0] * tokens == 1 else None):
+            last = self._run(hidden, position_ids, mask, past_key_values)[:, -1]
+            logits = self.head(_norm(self.model.norm, last))[:, None]
+        return Output(logits, past_key_values)
+
+    def run_body(self, input_ids: Tensor, position_ids: Tensor, visible: Tensor, past_key_values: Any) -> Tensor:
+        """(B, T, H) last states, as the head takes them, of (B, T) ids at (B, T) positions after what is cached.
+
+        Args:
+            visible: (B, 1, T, cached + T) bool, which token sees which.
+            past_key_values: the cache; keys and values are added to it.
+        """
+        return _norm(self.model.norm, self._run(self.embed(input_ids), position_ids, visible, past_key_values))
+
+    def run_head(self, states: Tensor) -> Tensor:
+        """(B, V) logits of (B, H) states."""
+        with _default_path(self.fp32_precision if len(states) == 1 else None):
+            return self.head(states)
+
+    def _run(self, hidden: Tensor, position_ids: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+        """(B, T, H) what the last layer gives for (B, T, H) embeddings."""
         cos, sin = self.model.rotary_emb(hidden, position_ids)
         half = self.head_dim // 2
         # the sign that rotating the halves brings goes into the sine, once for all layers
         sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
         cos, sin = cos[:, :, None], sin[:, :, None]
-        mask = _mask(attention_mask, tokens)
-        # oneDNN is 15 to 20% slower for the products of a single row
-        with _default_path(self.fp32_precision if hidden.shape[0] * tokens == 1 else None):
-            logits = self._run(hidden, cos, sin, mask, past_key_values)
-        return Output(logits, past_key_values)
-
-    def _run(self, hidden: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
         rows, tokens, width = hidden.shape
         hidden = hidden.reshape(rows * tokens, width)
         for index, layer in enumerate(self.layers):
@@ -118,8 +134,7 @@ class LeanDecoder:
             hidden = hidden + layer.out(self._attend(layer, index, heads, cos, sin, mask, cache))
             gate, up = layer.gate_up(_norm(layer.mlp_norm, hidden)).chunk(2, dim=-1)
             hidden = hidden + layer.down(layer.act(gate) * up)
-        last = hidden.view(rows, tokens, width)[:, -1]
-        return self.head(_norm(self.model.norm, last))[:, None]
+        return hidden.view(rows, tokens, width)
 
     def _attend(
         self, layer: _Layer, index: int, heads: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Any

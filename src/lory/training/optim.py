@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lory.config import Section
+from lory.models.kernels import KernelsName
 from lory.training.masters import MasterAdamW
 
 
@@ -28,6 +29,11 @@ class TrainConfig(Section):
     warmup: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the rate rises to its peak.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are scaled down to this norm; 0 is no limit.")
     seed: int = Field(0, ge=0, description="Seed of initialisation, order and dropout.")
+    kernels: KernelsName = Field(
+        "auto",
+        description="What computes the elementwise parts of fused layers: auto (Liger's kernels on a GPU where they "
+        "are installed, else plain operations), plain, compiled (by torch.compile, a minute at the start) or liger.",
+    )
     gradient_checkpointing: bool = Field(False, description="Recompute activations: less memory, more time.")
     log_every_steps: int = Field(10, ge=1, description="Optimizer steps between log lines.")
     eval_every_steps: int = Field(500, ge=1, description="Optimizer steps between evaluations.")
