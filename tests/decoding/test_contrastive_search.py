@@ -220,3 +220,5 @@ def test_the_real_model_follows_the_equation(smollm2: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     prompt = AutoTokenizer.from_pretrained(smollm2)("The city of Vienna is known for")["input_ids"]
     assert run(model, [prompt], 6, penalty_alpha=0.6, top_k=4) == [search_literally(model, prompt, 6, 0.6, 4)]
+    by_default = search_literally(model, prompt, 4, module.PENALTY_ALPHA, module.TOP_K)
+    assert run(model, [prompt], 4) == [by_default]

@@ -72,22 +72,45 @@ def test_loops_with_changed_tokens_are_found(mode: Literal["changed", "drifting"
         assert loop
         assert loop.kind == "drift" or loop.changed == 0
         delays.append(len(guard) / period)
-    # the first copy and three more
-    assert sum(delay <= 4 for delay in delays) >= 0.85 * len(delays)
+    assert sum(delay <= 3 for delay in delays) >= 0.9 * len(delays)
+    assert sum(delay <= 4 for delay in delays) >= 0.97 * len(delays)
 
 
-def test_words_that_repeat_are_found_in_text(encode: Encode, words: Words) -> None:
+def test_words_that_repeat_are_found_in_text_at_the_third_time(encode: Encode, words: Words) -> None:
     for repeated in (
         "I am sorry, but I cannot say. ",
         " very",
+        " over and",
         "The cat sat on the mat and looked at me. ",
-        "我很高兴，",
+        PROSE,
     ):
-        ids = encode(PROSE) + encode(repeated * 40)
+        start, copies = encode(PROSE[:150]), encode(repeated * 40)
         guard = RepetitionGuard(words)
-        loop = find_loop(ids, guard)
+        loop = find_loop(start + copies, guard)
         assert loop, repeated
-        assert len(guard) - len(encode(PROSE)) <= max(3 * loop.period, 36), repeated
+        assert len(guard) - len(start) <= max(3 * loop.period, 12), repeated
+
+
+def test_characters_of_several_tokens_are_waited_for_longer(encode: Encode, words: Words) -> None:
+    guard = RepetitionGuard(words)
+    loop = find_loop(encode("我很高兴，" * 40), guard)
+    assert loop
+    assert len(guard) <= 36
+    assert find_loop(encode("So glad! " + "🚀" * 7), RepetitionGuard(words)) is None
+
+
+def test_a_changed_copy_of_prose_is_still_a_loop_and_changed_rows_are_none(encode: Encode, words: Words) -> None:
+    sentence = "The harbour lay quiet in the early light, and the first boats were already out on the water. "
+    changes = [("", ""), ("quiet", "still"), ("first", "last"), ("boats", "ships"), ("early", "late")]
+    text = "".join(sentence.replace(*change) for change in changes)
+    loop = find_loop(encode(text), RepetitionGuard(words))
+    assert loop
+    assert loop.kind == "drift"
+    assert loop.repeats <= 3
+    rows = "".join(
+        f"The harbour of {name} lay quiet in the early light.\n" for name in ("Rome", "Nice", "Bari", "Kiel")
+    )
+    assert find_loop(encode(rows), RepetitionGuard(words)) is None
 
 
 ORDINARY = {
@@ -143,11 +166,11 @@ def test_after_a_way_back_the_kept_copy_is_no_loop() -> None:
 def test_a_token_costs_next_to_nothing(encode: Encode, words: Words) -> None:
     ids = encode(PROSE * 2 + ORDINARY["table"] + ORDINARY["json"]) * 4
     guard = RepetitionGuard(words)
-    started = time.perf_counter()
+    started = time.process_time()
     for token in ids:
         guard.feed(token)
-    # about 1 microsecond on an idle machine
-    assert (time.perf_counter() - started) / len(ids) < 30e-6
+    # about 1 microsecond
+    assert (time.process_time() - started) / len(ids) < 30e-6
 
 
 def test_a_period_of_none_is_refused() -> None:
@@ -181,7 +204,7 @@ def test_to_report_changes_nothing() -> None:
 @pytest.mark.parametrize(("policy", "outcome"), [("stop", "repetition"), ("retry", "retry")])
 def test_to_stop_or_retry_ends_the_answer(policy: Policy, outcome: str) -> None:
     guard = PolicyGuard(policy, prompt_tokens=3)
-    assert len(decode(guard, 10, 100)) == 32
+    assert len(decode(guard, 10, 100)) == 3 * 10 - 2
     assert guard.outcomes == {0: outcome}
 
 

@@ -181,3 +181,9 @@ def test_the_rest_is_transformers_own_by_the_same_name(model: Any, name: str, va
     options = {"do_sample": True, "max_new_tokens": 1, "top_k": 0, name: value}
     model.generate(torch.tensor([[5, 6]]), custom_generate=decode, **options)
     assert processor in built
+
+
+def test_noise_without_a_seed_is_drawn_anew() -> None:
+    ids, scores = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 50)
+    first, second = (build_processors(Options(sampling_noise=1.0), 0)(ids, scores.clone()) for _ in range(2))
+    assert not torch.equal(first, second)

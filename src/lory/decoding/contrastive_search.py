@@ -7,7 +7,7 @@ The method is that of Su et al., "A Contrastive Framework for Neural Text Genera
 V(k) are the k likeliest tokens, h the last layer's hidden states. The k states h_v take a forward pass over k tokens,
 whose winner brings the next step's probabilities along, so each token costs one forward pass.
 
-    model.generate(**inputs, custom_generate=contrastive_search, penalty_alpha=0.7, top_k=8)
+    model.generate(**inputs, custom_generate=contrastive_search, penalty_alpha=0.9, top_k=4)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -29,16 +29,36 @@ if TYPE_CHECKING:
     from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
     from transformers.generation import BaseStreamer
 
-# Chosen on SmolLM2, by seq-rep-4 of 100 tokens after prefixes of articles (benchmarks/contrastive.py): on 32 prefixes
-# greedy decoding has 0.57; 0.6 with 4, 5, 6 candidates 0.08, 0.07, 0.06; 0.7 with 5 0.04; 0.6 and 0.7 with 8 0.016 and
-# 0.014. On 32 others, that had no part in the choice, greedy has 0.60, and 0.7 with 8 has 0.03.
-PENALTY_ALPHA = 0.7
-TOP_K = 8
+# Chosen on SmolLM2, by seq-rep-4 of 100 tokens after prefixes of articles (benchmarks/contrastive.py). To it all tokens
+# are so alike that a small alpha leaves a loop as it is: with 4 candidates, 0.6, 0.7 and 0.9 have 0.11, 0.07 and 0.01,
+# greedy decoding 0.55. On prefixes that had no part in the choice 0.9 has 0.004. More candidates take more time.
+PENALTY_ALPHA = 0.9
+TOP_K = 4
 
 # What a forward pass over k tokens at one position is given; a model that wants more takes the slower way
 _PLAIN_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
 # Whether a model's candidates may share one sequence, as it was measured, by the attention it had then
 _SHARES: WeakKeyDictionary[PreTrainedModel, dict[str, bool]] = WeakKeyDictionary()
+
+
+class Forward(Protocol):
+    """A model's forward in two parts, such as `lory.models.lean.LeanDecoder`."""
+
+    def run_body(self, input_ids: Tensor, position_ids: Tensor, visible: Tensor, past_key_values: Any) -> Tensor:
+        """(B, T, H) last states of (B, T) ids, each of which sees what (B, 1, T, cached + T) `visible` says."""
+
+    def run_head(self, states: Tensor) -> Tensor:
+        """(B, V) logits of (B, H) states."""
+
+
+class _Outputs(NamedTuple):
+    """What `generate` looks at to move on."""
+
+    logits: Tensor
+    past_key_values: Any
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._fields
 
 
 @torch.no_grad()
@@ -88,11 +108,13 @@ def contrastive_steps(
     arguments: Mapping[str, Any],
     penalty_alpha: float,
     top_k: int,
+    forward: Forward | None = None,
 ) -> Iterator[Step]:
     """Contrastive search step by step, as `lory.decoding.loop.decode_steps` does other decoding.
 
     Args:
         inputs, arguments: as `decode_steps` takes them.
+        forward: a faster way through the same model, for the candidates; None: the model's own.
 
     Raises:
         UsageError: alpha or k cannot be, or the model keeps no cache.
@@ -108,9 +130,10 @@ def contrastive_steps(
     ) -> Iterator[Step]:
         alpha, k = _check_options(penalty_alpha, top_k, generation_config)
         _check_model(model, model_kwargs, synced_gpus=False)
-        return _tell(
-            _decode(model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, alpha, k)
+        decoded = _decode(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs, alpha, k, forward
         )
+        return _tell(decoded)
 
     steps: Iterator[Step] = model.generate(**inputs, **arguments, custom_generate=start)
     return steps
@@ -149,12 +172,13 @@ def _decode(
     model_kwargs: dict[str, Any],
     alpha: float,
     k: int,
+    forward: Forward | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """After each step: all ids so far (B, T), the new tokens (B,), and which rows go on (B,)."""
     unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
     padding = generation_config._pad_token_tensor
     with _watch_states(model) as watch:
-        search = _Search(model, input_ids, model_kwargs, generation_config, watch)
+        search = _Search(model, input_ids, model_kwargs, generation_config, watch, forward)
         while bool(unfinished.any()):
             scores = logits_processor(input_ids, search.logits.to(torch.float32, copy=True))
             tokens = search.step(input_ids, scores, alpha, k)
@@ -229,8 +253,9 @@ class _Search:
         arguments: dict[str, Any],
         config: GenerationConfig,
         watch: _Watch,
+        forward: Forward | None,
     ) -> None:
-        self.model, self.arguments, self.watch = model, dict(arguments), watch
+        self.model, self.arguments, self.watch, self.forward = model, dict(arguments), watch, forward
         outputs = model._prefill(input_ids, config, self.arguments)
         self.logits: Tensor = outputs.logits[:, -1]
         self._advance(outputs)
@@ -265,9 +290,11 @@ class _Search:
         """
         probabilities, candidates = F.softmax(scores, dim=-1).topk(min(k, scores.shape[-1]), dim=-1)
         shared = self._may_share(input_ids, candidates)
-        forward = _forward_shared if shared else _forward_repeated
         rows, k = candidates.shape
         first = torch.arange(rows, device=candidates.device) * k
+        if shared and self.forward is not None:
+            return self._step_by(self.forward, probabilities, candidates, alpha)
+        forward = _forward_shared if shared else _forward_repeated
         self.watch.chosen = None
         self.watch.choose = lambda states: first + self._judge(probabilities, states, alpha)
         try:
@@ -283,6 +310,20 @@ class _Search:
         self._append(self.watch.states.flatten(0, 1)[chosen.to(self.watch.states.device)])
         (_keep_shared if shared else _keep_repeated)(self.cache, chosen - first, k)
         self._advance(outputs)
+        return candidates.flatten()[chosen]
+
+    def _step_by(self, forward: Forward, probabilities: Tensor, candidates: Tensor, alpha: float) -> Tensor:
+        """`step` through another forward than the model's own."""
+        rows, k = candidates.shape
+        positions = self.arguments["position_ids"][:, -1:].expand(rows, k)
+        states = forward.run_body(candidates, positions, _see_own(candidates, self.arguments), self.cache)
+        winners = self._judge(probabilities, states, alpha)
+        chosen = torch.arange(rows, device=winners.device) * k + winners
+        won = states.flatten(0, 1)[chosen]
+        self.logits = forward.run_head(won)
+        self._append(won)
+        _keep_shared(self.cache, winners, k)
+        self._advance(_Outputs(self.logits, self.cache))
         return candidates.flatten()[chosen]
 
     def _judge(self, probabilities: Tensor, states: Tensor, alpha: float) -> Tensor:
@@ -351,12 +392,7 @@ def _forward_shared(model: PreTrainedModel, input_ids: Tensor, candidates: Tenso
     The cache, which is not copied, grows by k tokens. Logits are (B, k, V).
     """
     rows, k = candidates.shape
-    past = arguments["past_key_values"].get_seq_length()
-    seen = torch.ones(rows, past, dtype=torch.bool, device=candidates.device)
-    if arguments.get("attention_mask") is not None:
-        seen = arguments["attention_mask"][:, :past].bool()
-    own = torch.eye(k, dtype=torch.bool, device=candidates.device)
-    visible = torch.cat([seen[:, None].expand(rows, k, past), own.expand(rows, k, k)], dim=2)[:, None]
+    visible = _see_own(candidates, arguments)
     if model.config._attn_implementation != "sdpa":
         # other functions add the mask to the scores
         lowest = torch.finfo(model.dtype).min
@@ -369,6 +405,17 @@ def _forward_shared(model: PreTrainedModel, input_ids: Tensor, candidates: Tenso
         use_cache=True,
         return_dict=True,
     )
+
+
+def _see_own(candidates: Tensor, arguments: Mapping[str, Any]) -> Tensor:
+    """(B, 1, k, cached + k) bool: each candidate sees the text so far and itself."""
+    rows, k = candidates.shape
+    past = arguments["past_key_values"].get_seq_length()
+    seen = torch.ones(rows, past, dtype=torch.bool, device=candidates.device)
+    if arguments.get("attention_mask") is not None:
+        seen = arguments["attention_mask"][:, :past].bool()
+    own = torch.eye(k, dtype=torch.bool, device=candidates.device)
+    return torch.cat([seen[:, None].expand(rows, k, past), own.expand(rows, k, k)], dim=2)[:, None]
 
 
 def _keep_shared(cache: Cache, winners: Tensor, k: int) -> None:

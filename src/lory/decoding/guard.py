@@ -4,19 +4,22 @@ A loop is a stretch of tokens that equals what stood one period earlier, save fo
 periods. An n-gram that was seen before proposes the distance to its last place as a period; from then on each token is
 compared with the one a period back, so a token costs a few dictionary look-ups and at most `_MOST` comparisons.
 
-Much that is regular is no loop, and two things tell them apart:
+Much that is regular is no loop, and three things tell them apart:
 
-- A table or list differs in the same places of every row. When tokens differ, the last four periods are laid on top of
-  each other: a place that changed more than once is a slot with content of its own, and loops have next to none.
-- Digits, rules of dashes and zeros repeat in honest documents, words far less; so the fewer words a period has, the
-  longer it must go on.
+- Prose never says five different words three times over; code, tables and rules of dashes do. So a period of prose is
+  called a loop at its third copy, and the fewer words it has, the longer it must go on.
+- A table or list differs in the same places of every row, a loop with changed tokens anywhere. So the last periods are
+  laid on top of each other: a place that had something else each time is a slot with content of its own.
+- Numbers that differ are data.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -31,7 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Kind = Literal["token", "phrase", "passage", "drift"]
-Substance = Literal[0, 1, 2]
 
 MAX_PERIOD = 200
 NGRAM = 4
@@ -41,10 +43,41 @@ _MISS = 6
 """A token that differs costs as much as this many equal ones earn: below 86% equal tokens a period is given up."""
 _CREDIT = 40
 """The most that equal tokens earn."""
+_FIRST_CREDIT = 12
+"""What a period has at least when it is proposed, so that two changed tokens side by side don't end it."""
+_MISS_BEFORE = 2
+"""What a token that differs costs while the beginning is looked for; more would put it after the first change."""
 _DIFFERING = 0.14
 """Tokens that may differ from those a period back: 5% changed in either copy are 10%, and their spread."""
-_SLOTS = 0.015
-"""Places of a period that may have changed more than once among four copies; 5% of changed tokens give 1.4%."""
+_SLOTS = 0.02
+"""Places of a period that may be slots; with 5% of changed tokens 0.75% look like one by chance."""
+_NUMBERS = 1 / 3
+"""Of the places that differ, those at which a number may stand in place of another."""
+_RICH = 5
+"""Different words, at least, in a period that is taken for a loop at its third copy."""
+_PROSE_SHARE, _PROSE_SLOPE, _PROSE_LEAST = 0.45, 0.006, 0.1
+"""Words after a space among a period's tokens, at least, where three copies with changes are a loop (most prose has
+0.6 to 0.8, Python files 0.2); how much less for each of its tokens, since rows of tables are short; and the least."""
+_CONTEXT = 64
+"""Tokens among which signs of source code are counted where a period has few words."""
+_EARLY = 2
+"""Tokens before the end of the third copy at which it is looked at: the first token of the second may be changed."""
+
+
+class Substance(IntEnum):
+    """What a token says."""
+
+    CODE = 0
+    """What source code and tables have more of than prose: brackets, rules, underscores, indentation."""
+    SIGN = 1
+    """Other punctuation, spaces, lone letters, AAAA."""
+    NUMBER = 2
+    BYTES = 3
+    """A part of a character."""
+    PART = 4
+    """A word that does not stand after a space, or a part of one."""
+    WORD = 5
+    """A word after a space, or of a script without upper and lower case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +90,13 @@ class _Patience:
     tokens_with_changes: int
 
 
-# From measurements on 5,000 files: source code, markup, tables, licences, articles and answers (benchmarks/guard.py)
-_PROSE = _Patience(2.9, 32, 3.7, 48)
-_PHRASES_IN_SIGNS = _Patience(3.9, 100, 3.7, 120)
-_WORDS_IN_SIGNS = _Patience(3.9, 200, 3.7, 250)
+# Chosen on 29,000 documents: source code, markup, tables, licences, articles, answers (benchmarks/guard.py measures)
+_UNKNOWN = _Patience(2.9, 32, 3.0, 32)
+_PROSE = _Patience(3.0, 9, 3.0, 24)
+_FEW_WORDS = _Patience(3.0, 12, 3.7, 48)
+_PROSE_OF_PARTS = _Patience(3.0, 9, 4.0, 120)
+_PHRASES_IN_SIGNS = _Patience(3.9, 100, 4.0, 120)
+_WORDS_IN_SIGNS = _Patience(3.9, 200, 4.0, 250)
 # numbers that differ here and there are data
 _SIGNS = _Patience(2.9, 400, 2.9, 400)
 
@@ -85,33 +121,40 @@ class Loop:
 
 
 _ONE_LETTER_WORDS = frozenset("aAI")
-_PROSE_SHARE = 0.6
-"""Words among the tokens of prose, at least: articles have 0.67 to 0.86, Python files 0.34 to 0.55 (with SmolLM2)."""
+_CODE = re.compile(r"[_{}\[\]=<>|\\/&^%$@+;]|::|\(\)|\S\(|^\(|\)\)|\)[,.:]|\n[ \t]|\t|  ")
 
 
 class Words:
-    """How much of a word is in each token of a tokenizer; looked up when it is asked for, once for each token."""
+    """What each token of a tokenizer says; looked up when it is asked for, once for each token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._known: dict[int, Substance] = {}
 
     def __call__(self, token: int) -> Substance:
-        """2: a word or part of one; 1: a part of a character's bytes; 0: signs, digits, spaces or most lone letters."""
+        """What the token says."""
         known = self._known.get(token)
         if known is None:
-            known = self._known[token] = _weigh(self._tokenizer.decode([token]))
+            text = self._tokenizer.decode([token])
+            # twice, since many tokenizers drop a text's first space
+            spaced = self._tokenizer.decode([token, token]).strip() == f"{text.strip()} {text.strip()}"
+            known = self._known[token] = _weigh(text, spaced)
         return known
 
 
-def _weigh(text: str) -> Substance:
-    if text.strip() in _ONE_LETTER_WORDS:
-        return 2
-    letters = {character.lower() for character in text if character.isalpha()}
+def _weigh(text: str, spaced: bool) -> Substance:
+    if _CODE.search(text):
+        return Substance.CODE
+    bare = text.strip()
+    letters = {character.lower() for character in bare if character.isalpha()}
     # a script without upper and lower case says more in a letter; AAAA, on the other hand, says nothing
-    if len(letters) >= 2 or any(letter == letter.upper() for letter in letters):
-        return 2
-    return 1 if "\ufffd" in text else 0
+    if any(letter == letter.upper() for letter in letters):
+        return Substance.WORD
+    if len(letters) >= 2 or bare in _ONE_LETTER_WORDS:
+        return Substance.WORD if spaced and bare.isalpha() else Substance.PART
+    if "\ufffd" in text:
+        return Substance.BYTES
+    return Substance.NUMBER if bare.isdigit() else Substance.SIGN
 
 
 class _Stretch:
@@ -131,8 +174,8 @@ class RepetitionGuard:
     """Watches one answer's tokens; a token costs about a microsecond.
 
     Args:
-        substance: how much of a word a token is, as `Words` says; without it each token counts as a word, and tables
-            of numbers and rules of dashes raise false alarms.
+        substance: what a token says, as `Words` has it; without it each token counts as a word, and tables and rules of
+            dashes raise false alarms.
         max_period: the longest period that is looked for, in tokens.
 
     After an alarm it looks for a new loop: one that goes on is reported again when it has gone on as long once more.
@@ -194,19 +237,20 @@ class RepetitionGuard:
             return
         ids, place = self._ids, len(self._ids) - 1
         # how far back it holds already: where an earlier n-gram had repeated something nearer, it was not proposed
-        begin, differing, seen, credit = place, 0, 0, 0
-        lowest = max(self._floor, 0) + period
-        for earlier in range(place, max(lowest, place - 2 * self.max_period) - 1, -1):
+        begin, differing, seen, score, best = place, 0, 0, 0, 0
+        lowest = max(self._floor + period, place - 2 * self.max_period)
+        for earlier in range(place, lowest - 1, -1):
             if ids[earlier] == ids[earlier - period]:
-                credit = min(credit + 1, _CREDIT)
-                begin, differing = earlier, seen
+                score += 1
+                if score >= best:
+                    best, begin, differing = score, earlier, seen
             else:
-                credit -= _MISS
+                score -= _MISS_BEFORE
                 seen += 1
-                if credit < 0:
+                if score < best - _MISS * _MISS_BEFORE:
                     break
-        credit = max(0, min(_CREDIT, place - begin + 1 - differing * (_MISS + 1)))
-        due = begin - period + max(math.ceil(_PROSE.periods * period), _PROSE.tokens) - 1
+        credit = max(_FIRST_CREDIT, min(_CREDIT, place - begin + 1 - differing * (_MISS + 1)))
+        due = begin - period + max(3 * period - _EARLY, _PROSE.tokens) - 1
         if len(self._followed) >= _MOST:
             self._followed.remove(min(self._followed, key=lambda stretch: stretch.credit))
         self._followed.append(_Stretch(period, begin, differing, credit, max(place, due)))
@@ -216,16 +260,17 @@ class RepetitionGuard:
         place, period = len(self._ids) - 1, stretch.period
         compared = place - stretch.begin + 1
         patience = self._choose_patience(period)
-        needed = max(math.ceil(patience.periods * period), patience.tokens)
+        needed = max(math.ceil(patience.periods * period) - _EARLY, patience.tokens)
         if stretch.differing:
-            needed = max(needed, math.ceil(patience.periods_with_changes * period), patience.tokens_with_changes)
+            least = math.ceil(patience.periods_with_changes * period) - _EARLY
+            needed = max(needed, least, patience.tokens_with_changes)
         if compared + period < needed:
             stretch.due = stretch.begin - period + needed - 1
             return None
         if stretch.differing and (
-            patience is _SIGNS
-            or stretch.differing > _DIFFERING * compared
-            or self._count_slots(period) > _SLOTS * period
+            stretch.differing > _DIFFERING * compared
+            or patience is _SIGNS
+            or self._is_table(period, copies=3 if patience.periods_with_changes <= 3 else 4)
         ):
             stretch.due = place + max(period // 4, 8)
             return None
@@ -240,32 +285,58 @@ class RepetitionGuard:
 
     def _choose_patience(self, period: int) -> _Patience:
         if self._substance is None:
-            return _PROSE
-        substances = [self._substance(token) for token in self._ids[-period:]]
-        words = [token for token, substance in zip(self._ids[-period:], substances, strict=True) if substance]
-        several = len(set(words)) >= 4
-        # an emoji or a broken character is a few tokens of bytes: a run of it is no prose
-        if len(words) >= _PROSE_SHARE * period and (several or 2 in substances):
-            return _PROSE
-        return _PHRASES_IN_SIGNS if several else _WORDS_IN_SIGNS if words else _SIGNS
+            return _PROSE if len(set(self._ids[-period:])) >= _RICH else _UNKNOWN
+        ids = self._ids[-period:]
+        substances = [self._substance(token) for token in ids]
+        distinct = dict(zip(ids, substances, strict=True)).values()
+        words = sum(substance >= Substance.PART for substance in distinct)
+        content = words + sum(substance == Substance.BYTES for substance in distinct) / 2
+        # without spaces before them, words are names in code
+        prose = sum(substance in (Substance.WORD, Substance.BYTES) for substance in substances) / period
+        code = substances.count(Substance.CODE) / period
+        if content >= _RICH:
+            if code <= 0.1 and prose >= max(_PROSE_SHARE - _PROSE_SLOPE * period, _PROSE_LEAST):
+                return _PROSE
+            if (code <= 0.15 and prose >= 0.2) or period >= 40:
+                return _PROSE_OF_PARTS
+        elif prose >= 0.3 and sum(substance >= Substance.BYTES for substance in substances) >= 0.6 * period:
+            # a few words say little about the text that they stand in
+            around = [self._substance(token) for token in self._ids[-_CONTEXT:]]
+            # and a run of one emoji is three tokens of bytes
+            if around.count(Substance.CODE) <= 0.1 * len(around) and (words or content >= 2):
+                return _FEW_WORDS if words else _UNKNOWN
+        return _PHRASES_IN_SIGNS if content >= 4 else _WORDS_IN_SIGNS if content else _SIGNS
 
-    def _count_slots(self, period: int) -> int:
-        """How many places of the period changed more than once among the last four copies.
+    def _is_table(self, period: int, copies: int) -> bool:
+        """Whether the last three or four copies differ as rows of a table do: at the same places, or in numbers.
 
-        With w, x, y, z the tokens of one place in four copies: one changed token (w x w w, or w w y w) and one change
-        that stays (w w y y) are what a drifting loop has; a slot with content of its own has more.
+        Of the tokens w, x, y, z at one place in four copies, a loop has one changed (w x w w), or a change that stays
+        (w w y y); a slot with content of its own has more. Of three copies, a slot has x, y and z all different; where
+        a share r of a loop's tokens was changed, that comes at 3 r^2 of the places, and one odd token at 3 r of them.
         """
-        ids = self._ids
-        slots = 0
+        ids, number = self._ids, self._is_number
+        slots = odd = numbers = 0
         for place in range(len(ids) - period, len(ids)):
-            z, y, x = ids[place], ids[place - period], ids[place - 2 * period]
+            z, y = ids[place], ids[place - period]
+            x = ids[place - 2 * period] if place >= 2 * period else y
             if z == y == x:
                 continue
             w = ids[place - 3 * period] if place >= 3 * period else x
-            changes = (z != y) + (y != x) + (x != w)
-            alone = changes == 2 and ((z == y == w) or (z == x == w))
-            slots += changes > 1 and not alone
-        return slots
+            numbers += (number(y) and number(z)) or (number(x) and number(y))
+            slots += (y not in (x, z) and x != z) if copies == 3 else _changes_often(w, x, y, z)
+            odd += 1
+        if numbers > _NUMBERS * odd:
+            return True
+        return slots > (max(1, _SLOTS * period) if copies == 3 else 0.75 * _SLOTS * period) or odd < 3 * slots
+
+    def _is_number(self, token: int) -> bool:
+        return self._substance is not None and self._substance(token) == Substance.NUMBER
+
+
+def _changes_often(w: int, x: int, y: int, z: int) -> bool:
+    """Whether a place had more than one changed token, or one change that stays, in four copies."""
+    alone = (z == y == w) or (z == x == w)
+    return (z != y) + (y != x) + (x != w) > 1 and not alone
 
 
 Policy = Literal["report", "stop", "penalize", "back_up", "retry"]

@@ -114,10 +114,11 @@ class SamplingNoise(LogitsProcessor):
     """Adds seeded noise of a given scale to the logits.
 
     With Gumbel noise of scale 1, taking the likeliest token is sampling from the distribution (the Gumbel-max trick);
-    of scale s, it is sampling at temperature s. Uniform noise lies in [-scale, scale].
+    of scale s, it is sampling at temperature s. Uniform noise lies in [-scale, scale]. Without a seed each use draws
+    anew.
     """
 
-    def __init__(self, scale: float, seed: int = 0, kind: Noise = "gumbel") -> None:
+    def __init__(self, scale: float, seed: int | None = 0, kind: Noise = "gumbel") -> None:
         if not scale >= 0:
             raise UsageError(f"sampling_noise = {scale} was given; give a scale of 0 (none) or more.")
         self.scale, self.seed, self.kind = scale, seed, kind
@@ -126,7 +127,9 @@ class SamplingNoise(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(B, V) logits with noise; what is forbidden (-inf) stays so."""
         if self._generator is None:
-            self._generator = torch.Generator(scores.device).manual_seed(self.seed)
+            # torch's own generator is asked, so that a seed set before makes this repeatable, too
+            seed = int(torch.randint(2**31, ())) if self.seed is None else self.seed
+            self._generator = torch.Generator(scores.device).manual_seed(seed)
         return scores + self.scale * _draw(self.kind, scores, self._generator)
 
 
@@ -232,5 +235,5 @@ def build_processors(options: PenaltyOptions, prompt_tokens: int, ignored: Colle
     if options.frequency_penalty or options.presence_penalty:
         processors.append(CountPenalty(options.frequency_penalty, options.presence_penalty, prompt_tokens))
     if options.sampling_noise:
-        processors.append(SamplingNoise(options.sampling_noise, options.seed or 0))
+        processors.append(SamplingNoise(options.sampling_noise, options.seed))
     return processors
