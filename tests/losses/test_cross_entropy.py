@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lory.losses.cross_entropy import cross_entropy
+from lory.losses.cross_entropy import ACCELERATOR_CHUNK_TOKENS, CHUNK_TOKENS, choose_chunk, cross_entropy
 from lory.types import IGNORE
 
 WIDTH, VOCABULARY = 7, 31
@@ -134,3 +134,10 @@ def test_a_target_of_vanishing_probability_keeps_a_finite_loss() -> None:
     (ours,) = torch.autograd.grad(found.loss, logits)
     (theirs,) = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), logits)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_a_chunk_suits_the_device_unless_its_size_is_given() -> None:
+    # the meta device stands for an accelerator
+    sizes = [choose_chunk(torch.empty(1, device=device), None) for device in ("cpu", "meta")]
+    assert sizes == [CHUNK_TOKENS, ACCELERATOR_CHUNK_TOKENS]
+    assert choose_chunk(torch.empty(1), 7) == 7

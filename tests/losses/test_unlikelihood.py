@@ -330,26 +330,28 @@ def test_continuations_without_repetition_are_a_zero_that_keeps_the_graph() -> N
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))
 
 
-def literal_mask(row: list[int], n: int) -> list[bool]:
+def literal_mask(row: list[int], n: int, last: bool = False) -> list[bool]:
     seen, mask = set(), [False] * len(row)
     for start in range(len(row) - n + 1):
         ngram = tuple(row[start : start + n])
         if ngram in seen:
-            mask[start : start + n] = [True] * n
+            for place in range(start + n - 1 if last else start, start + n):
+                mask[place] = True
         seen.add(ngram)
     return mask
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 9])
 @pytest.mark.parametrize("width", [0, 1, 4, 60])
-def test_repeated_ngrams_are_those_that_began_before(n: int, width: int) -> None:
+@pytest.mark.parametrize("last", [False, True])
+def test_repeated_ngrams_are_those_that_began_before(n: int, width: int, last: bool) -> None:
     torch.manual_seed(n)
     ids = torch.randint(3, (5, width))
     lengths = torch.randint(width + 1, (5,))
-    assert repeated_ngram_mask(ids, n).tolist() == [literal_mask(row, n) for row in ids.tolist()]
-    cut = repeated_ngram_mask(ids, n, lengths).tolist()
+    assert repeated_ngram_mask(ids, n, last=last).tolist() == [literal_mask(row, n, last) for row in ids.tolist()]
+    cut = repeated_ngram_mask(ids, n, lengths, last).tolist()
     for row, length, found in zip(ids.tolist(), lengths.tolist(), cut, strict=True):
-        assert found == literal_mask(row[:length], n) + [False] * (width - length)
+        assert found == literal_mask(row[:length], n, last) + [False] * (width - length)
 
 
 def test_repeated_ngrams_by_hand() -> None:

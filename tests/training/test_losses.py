@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,7 @@ from lory.adapters.inject import AdapterConfig, attach_lora
 from lory.adapters.virtual_tokens import Leading
 from lory.data.mixture.collate import Batch, collate
 from lory.models.attention import documents_apart
+from lory.runtime import UsageError
 from lory.training.continuations import continue_texts, is_sequence_step
 from lory.training.feed import Batching
 from lory.training.monitor import read_log
@@ -29,7 +31,12 @@ from lory.training.step import train_step
 from lory.types import IGNORE, Sample
 
 ALL = LossConfig.model_validate(
-    {"unlikelihood": {"token": 0.7}, "contrastive": {"weight": 0.5, "margin": 0.4}, "embedding_noise": 0.0}
+    {
+        "unlikelihood": {"token": 0.7},
+        "contrastive": {"weight": 0.5, "margin": 0.4},
+        "divergence": 0.6,
+        "embedding_noise": 0.0,
+    }
 )
 
 
@@ -77,10 +84,15 @@ def model(random_model: Any) -> PreTrainedModel:
 def literal(model: PreTrainedModel, samples: list[Sample], config: LossConfig) -> float:
     """The papers' sums written out, a document at a time; the means are over all learnt tokens and all documents."""
     total, learnt, contrastive = 0.0, 0, 0.0
+    before = copy.deepcopy(model)
+    for name, parameter in before.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data.zero_()
     for sample in samples:
         ids = torch.tensor([sample.input_ids])
         output = model(ids, output_hidden_states=True, use_cache=False)
         log_probs = F.log_softmax(output.logits[0], -1)
+        expected = F.log_softmax(before(ids).logits[0], -1)
         for place in range(1, len(sample)):
             if sample.labels[place] == IGNORE:
                 continue
@@ -88,6 +100,8 @@ def literal(model: PreTrainedModel, samples: list[Sample], config: LossConfig) -
             total -= scores[target].item()
             candidates = set(sample.input_ids[:place]) - {target}
             total -= config.unlikelihood.token * sum(torch.log1p(-scores[c].exp()).item() for c in candidates)
+            p, q = scores, expected[place - 1]
+            total += config.divergence * float((q.exp() * (q - p)).sum())
             learnt += 1
         states = F.normalize(output.hidden_states[-1][0], dim=-1)
         cosines = (states @ states.T)[~torch.eye(len(states), dtype=torch.bool)]
@@ -99,6 +113,7 @@ def test_the_loss_is_the_papers_sums(model: PreTrainedModel) -> None:
     samples = draw_samples()
     result, _ = gradients(model, [collate(samples)], ALL)
     ours = result.loss + ALL.contrastive.weight * result.parts["contrastive"]
+    ours += ALL.divergence * result.parts["divergence"]
     assert ours == pytest.approx(literal(model, samples, ALL), abs=1e-9)
 
 
@@ -136,6 +151,22 @@ def test_evaluation_is_the_likelihood_alone(model: PreTrainedModel) -> None:
     assert [float(value) for value in ours] == [float(value) for value in plain]
 
 
+def test_a_fresh_adapter_diverges_in_nothing(random_model: Any) -> None:
+    model = random_model("Llama")
+    attach_lora(model, AdapterConfig(rank=2, dropout=0.1))
+    result, _ = gradients(model, [collate(draw_samples())], LossConfig(divergence=1.0))
+    assert result.parts["divergence"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("adapter", [{"type": "dora"}, {"modules_to_save": ["lm_head"]}, {}])
+def test_a_divergence_from_what_is_not_kept_is_refused(random_model: Any, adapter: dict[str, Any]) -> None:
+    model = random_model("Llama")
+    if adapter:
+        attach_lora(model, AdapterConfig(**adapter))
+    with pytest.raises(UsageError, match=r"use adapter.type=lora"):
+        Objective(model, LossConfig(divergence=1.0))
+
+
 def test_noise_comes_from_the_draw_and_only_in_training(model: PreTrainedModel) -> None:
     config = LossConfig(embedding_noise=5.0)
     objective, batch = Objective(model, config), collate(draw_samples())
@@ -152,19 +183,68 @@ def test_noise_comes_from_the_draw_and_only_in_training(model: PreTrainedModel) 
 BATCHING = Batching(padded=False, pad_id=0, leading=Leading(), packing=True, max_tokens=64, folding=False)
 
 
-def test_a_chat_is_continued_from_its_prompt_and_a_text_from_somewhere(model: PreTrainedModel) -> None:
-    config = UnlikelihoodConfig(prefix_tokens=5, completion_tokens=12, sequences=9)
-    chat = Sample(tuple(range(3, 15)), (*[IGNORE] * 7, *range(10, 15)))
-    text = Sample(tuple(range(30, 50)), tuple(range(30, 50)))
-    short = Sample((3, 4), (3, 4))
-    batch = continue_texts(model.float(), [chat, text, short], BATCHING, config, [2], torch.Generator().manual_seed(0))
-    ids = batch.input_ids[0].split(batch.seq_lens.tolist())
-    starts = sorted(tuple(row.tolist()[:5]) for row in ids)
-    assert starts[0] == (3, 4, 5, 6, 7)
-    assert starts[1] == tuple(range(starts[1][0], starts[1][0] + 5))
-    assert 30 <= starts[1][0] <= 45
+@pytest.fixture
+def parrot(model: PreTrainedModel) -> PreTrainedModel:
+    """A model that answers everything with the token 9, again and again."""
+    with torch.no_grad():
+        model.base_model.norm.weight.zero_()
+    linear = model.get_output_embeddings()
+    linear.bias = torch.nn.Parameter(torch.zeros(linear.out_features).double(), requires_grad=False)
+    linear.bias[9] = 3.0
+    return model
+
+
+def continue_with(model: PreTrainedModel, samples: list[Sample], **changes: Any) -> tuple[Batch, list[list[int]]]:
+    """The batch of what the model wrote, and its rows."""
+    config = UnlikelihoodConfig(**{"prefix_tokens": 5, "completion_tokens": 12, "sequences": 99} | changes)
+    batch = continue_texts(model, samples, BATCHING, config, [2], torch.Generator().manual_seed(0))
+    return batch, [row.tolist() for row in batch.input_ids[0].split(batch.seq_lens.tolist())]
+
+
+CHAT = Sample(tuple(range(3, 15)), (*[IGNORE] * 7, *range(10, 15)))
+TEXT = Sample(tuple(range(30, 43)), tuple(range(30, 43)))
+SHORT = Sample((3, 4), (3, 4))
+
+
+def test_a_chat_is_continued_from_its_prompt_and_a_text_from_its_stretches(parrot: PreTrainedModel) -> None:
+    batch, rows = continue_with(parrot, [CHAT, TEXT, SHORT])
+    chat, first, second = sorted(rows)
+    start = first[0]
+    assert chat == [*range(3, 10), *[9] * 12]
+    assert (first, second) == ([*range(start, start + 5), *[9] * 12], [*range(start + 5, start + 10), *[9] * 12])
+    assert 30 <= start <= 33
     assert batch.continues
-    assert batch.learnt <= 24
+
+
+def test_so_many_texts_are_continued_as_the_config_says(parrot: PreTrainedModel) -> None:
+    _, rows = continue_with(parrot, [TEXT] * 5, sequences=3)
+    assert len(rows) == 3
+
+
+@pytest.mark.parametrize(("penalize", "marked"), [("ngram", range(1, 12)), ("last", range(4, 12))])
+def test_marked_is_what_repeats(parrot: PreTrainedModel, penalize: str, marked: range) -> None:
+    batch, rows = continue_with(parrot, [CHAT], penalize=penalize)
+    assert rows == [[*range(3, 10), *[9] * 12]]
+    assert batch.weights is not None
+    # the target of a place is the token after it
+    assert batch.weights[0].nonzero().squeeze(1).tolist() == [7 + place - 1 for place in marked]
+
+
+def test_what_repeats_nothing_is_not_run_again_but_counts(model: PreTrainedModel) -> None:
+    batch, rows = continue_with(model, [TEXT, SHORT], completion_tokens=8, ngram=8)
+    assert rows == [[2, 2]]
+    assert batch.weight == 0
+    assert 8 <= batch.learnt <= 16
+
+
+def test_writing_leaves_the_weights_where_they_were(model: PreTrainedModel) -> None:
+    model.float().train()
+    before = [(p.data_ptr(), p.stride(), p.clone()) for p in model.parameters()]
+    continue_with(model, [TEXT])
+    assert model.training
+    for parameter, (place, stride, values) in zip(model.parameters(), before, strict=True):
+        assert (parameter.data_ptr(), parameter.stride()) == (place, stride)
+        assert torch.equal(parameter, values)
 
 
 def test_the_sequence_loss_is_minus_log_one_minus_p_of_what_is_repeated(model: PreTrainedModel) -> None:
@@ -208,6 +288,7 @@ def test_a_resumed_run_is_the_same(quick: dict[str, Any], packing: bool) -> None
     quick["loss"] = {
         "unlikelihood": {"token": 0.5, "sequence_rate": 0.5, "sequences": 3, "completion_tokens": 16},
         "contrastive": {"weight": 0.3},
+        "divergence": 0.5,
         "embedding_noise": 2.0,
     }
     quick["train"] |= {"max_steps": 6, "keep_checkpoints": 99, "save_every_steps": 2, "batch_size": 1}
@@ -222,5 +303,5 @@ def test_a_resumed_run_is_the_same(quick: dict[str, Any], packing: bool) -> None
 def test_without_extra_losses_the_log_is_as_ever(quick: dict[str, Any]) -> None:
     quick["train"] |= {"max_steps": 1}
     (line,) = [line for line in read_log(train(quick).folder) if "grad_norm" in line]
-    assert not {"token_unlikelihood", "sequence_unlikelihood", "contrastive"} & line.keys()
+    assert not {"token_unlikelihood", "sequence_unlikelihood", "contrastive", "divergence"} & line.keys()
     assert json.dumps(line)

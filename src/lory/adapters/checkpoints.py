@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lory.adapters.factors import PREFIX, Adapter, Factors, write_adapter
+from lory.architectures import find_model_class
 from lory.runtime import LoryError, UsageError, read_json, write_aside, write_json
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
@@ -315,12 +316,12 @@ def _list_shapes(base: Path, config: Mapping[str, Any], trust_remote_code: bool)
         with safe_open(file, framework="pt") as handle:
             shapes |= {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
     if not files:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
 
         try:
             with torch.device("meta"):
                 settings = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-                model = AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
+                model = find_model_class(settings).from_config(settings, trust_remote_code=trust_remote_code)
         except ValueError as error:
             raise UsageError(
                 f"{base} has no weights to compare names with, and its architecture is not one of transformers' causal "

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lory.adapters.inject import Match
-from lory.adapters.targets import layer_number
+from lory.adapters.inject import Match, frozen_parts
+from lory.adapters.targets import find_parts, layer_number
 from lory.config import Section
 from lory.runtime import LoryError, UsageError, log, write_json
 
@@ -37,6 +37,10 @@ class FullConfig(Section):
     """Every parameter is trained, norms and embeddings included."""
 
     type: Literal["full"] = Field("full", description="The whole model is trained.")
+    freeze_vision: bool = Field(False, description="Of a model that sees: leave its vision tower as it is.")
+    freeze_projector: bool = Field(
+        False, description="The same for what lies between its tower and its language model."
+    )
 
 
 class FreezeConfig(Section):
@@ -76,6 +80,9 @@ def attach(model: PreTrainedModel, config: FullConfig | FreezeConfig) -> list[Ma
     # tied parameters have several names, and each of them is as good as the other
     named = dict(model.named_parameters(remove_duplicate=False))
     chosen = set(named) if isinstance(config, FullConfig) else _choose(model, list(named), config)
+    if isinstance(config, FullConfig) and (frozen := frozen_parts(config)):
+        part_of = find_parts(model)
+        chosen = {name for name in chosen if part_of(name) not in frozen}
     model.requires_grad_(False)
     for name in chosen:
         named[name].requires_grad = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from pydantic import Field, model_validator
@@ -14,6 +14,7 @@ from torch import nn
 import lory.lora as lora
 from lory.adapters.targets import (
     ALL_LINEAR,
+    Part,
     Target,
     look_up,
     match_modules,
@@ -26,6 +27,15 @@ from lory.lora.parameter import ParameterLoRA, parameter_layers
 from lory.runtime import UsageError
 
 __all__ = ["ALL_LINEAR", "AdapterConfig", "Match", "adapted_layers", "attach_lora", "match_targets"]
+
+
+class Freezing(Protocol):
+    """The part of a config that speaks of models that see."""
+
+    @property
+    def freeze_vision(self) -> bool: ...
+    @property
+    def freeze_projector(self) -> bool: ...
 
 
 class AdapterConfig(Section):
@@ -53,6 +63,12 @@ class AdapterConfig(Section):
     layers: str | list[int] | None = Field(
         None, description='Only targets in these layers, counted from 0: "4-11", "0-3,8" or [0, 3, 5].'
     )
+    freeze_vision: bool = Field(
+        True,
+        description="Of a model that sees: leave its vision tower as it is; false: all-linear and names mean its "
+        "layers, too.",
+    )
+    freeze_projector: bool = Field(True, description="The same for what lies between its tower and its language model.")
     rank_pattern: dict[str, int] = Field(
         default_factory=dict,
         description="Other ranks for some targets: the first key (a regular expression) that ends their path counts.",
@@ -121,6 +137,12 @@ class Trained:
     bias: str = "none"
 
 
+def frozen_parts(config: Freezing) -> list[Part]:
+    """The parts of a model that sees which a config leaves as they are."""
+    given: list[tuple[Part, bool]] = [("vision", config.freeze_vision), ("projector", config.freeze_projector)]
+    return [part for part, frozen in given if frozen]
+
+
 def attach_lora(model: nn.Module, config: AdapterConfig) -> list[Match]:
     """Freeze `model` and put an adapter on its matching layers, in place; returns what was matched.
 
@@ -130,7 +152,7 @@ def attach_lora(model: nn.Module, config: AdapterConfig) -> list[Match]:
     whole = match_modules(model, config.modules_to_save, "adapter.modules_to_save")
     targets = [
         target
-        for target in match_targets(model, config.targets, config.exclude, config.layers)
+        for target in match_targets(model, config.targets, config.exclude, config.layers, frozen_parts(config))
         if not any(f"{target.path}.".startswith(f"{path}.") for path in whole)
     ]
     if not targets:

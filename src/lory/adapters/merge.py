@@ -51,7 +51,10 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _FROM_BASE = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "tokenizer*", "LICENSE*", "NOTICE*")
 # An adapter_config.json would make transformers load an adapter on top; the others speak of files that are not copied
 _NEVER = ("config.json", "*.index.json", CONFIG_FILE, "MANIFEST.json", "trainer_state.json", "README*", "*.safetensors")
-_FROM_ADAPTER = ("tokenizer*", "chat_template*", "generation_config*", "special_tokens_map*", "added_tokens*")
+_FROM_ADAPTER = (
+    *("tokenizer*", "chat_template*", "generation_config*", "special_tokens_map*", "added_tokens*"),
+    *("processor_config.json", "image_resizing.json"),
+)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from lory.runtime import UsageError
 
 ALL_LINEAR = "all-linear"
 V = TypeVar("V")
+Part = Literal["language", "vision", "projector"]
+_PROJECTOR = re.compile(r"(^|[._])(projector|connector|merger|aligner|projection_layer)([._]|$)")
 Kind = Literal["linear", "conv1d", "embedding", "convolution", "parameter", "experts"]
 
 # Their mixers use these layers' weights without calling them, so an adapter on one would do nothing
@@ -117,13 +119,20 @@ def match_targets(
     targets: str | Sequence[str],
     exclude: str | Sequence[str] = (),
     layers: str | Sequence[int] | None = None,
+    frozen: Sequence[Part] = (),
 ) -> list[Target]:
     """What `targets`, `exclude` and `layers` mean (see `AdapterConfig`), in the model's order.
+
+    Args:
+        frozen: parts of a model that sees of which all-linear and names mean nothing; an expression means what it says.
 
     Raises:
         UsageError: nothing matches, a name of a list matches nothing, or an expression is broken.
     """
     known = list_targets(model)
+    if frozen and not (isinstance(targets, str) and targets != ALL_LINEAR and _is_expression(targets)):
+        part_of = find_parts(model)
+        known = {path: target for path, target in known.items() if part_of(path) not in frozen}
     if targets == ALL_LINEAR:
         head = find_head(model)
         matched = [t for t in known.values() if _is_linear(t) and model.get_submodule(t.owner or t.path) is not head]
@@ -154,7 +163,7 @@ def _select(
     model: nn.Module, known: Mapping[str, Target], wanted: str | Sequence[str], field: str, inner: bool = False
 ) -> set[str]:
     """Paths that a list of names or an expression means; `inner`: a name stands for all that is in the module, too."""
-    if isinstance(wanted, str) and re.search(r"[^\w.]", wanted):
+    if isinstance(wanted, str) and _is_expression(wanted):
         matches = _compile(wanted, field)
         return {path for path in known if matches(path)}
     names = [wanted] if isinstance(wanted, str) else wanted
@@ -165,6 +174,29 @@ def _select(
             raise _nothing_matched(model, name, known, field)
         found |= paths
     return found
+
+
+def _is_expression(wanted: str) -> bool:
+    return bool(re.search(r"[^\w.]", wanted))
+
+
+def find_parts(model: nn.Module) -> Callable[[str], Part]:
+    """A function that tells which part of the model a path leads into.
+
+    A tower's output goes through the projector (which some models call merger or connector) into the language model.
+    """
+    if getattr(getattr(model, "config", None), "vision_config", None) is None:
+        return lambda path: "language"
+    modules = (model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings())
+    inside = [path for path, module in model.named_modules() if any(module is one for one in modules)]
+    language = tuple(f"{path}." for path in inside)
+
+    def part_of(path: str) -> Part:
+        if f"{path}.".startswith(language):
+            return "language"
+        return "projector" if _PROJECTOR.search(path) else "vision"
+
+    return part_of
 
 
 def _compile(expression: str, field: str) -> Callable[[str], object]:

@@ -87,7 +87,7 @@ class Leading:
             return sample
         labels = (IGNORE, *sample.labels[1:]) if self.placeholders else sample.labels
         weights = None if sample.weights is None else (*[0.0] * len(self.ids), *sample.weights)
-        return Sample((*self.ids, *sample.input_ids), (*[IGNORE] * len(self.ids), *labels), weights)
+        return Sample((*self.ids, *sample.input_ids), (*[IGNORE] * len(self.ids), *labels), weights, sample.images)
 
 
 def find_leading(model: nn.Module, packed: bool) -> Leading:

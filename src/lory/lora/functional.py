@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import has_torch_function
 
-# elements of a block for each thread, about 1 MB in fp32: fresh pages for larger temporaries cost more than the arithmetic
+# elements of a block for each thread, about 1 MB in fp32: larger temporaries' fresh pages cost more than the arithmetic
 _BLOCK = 2**18
 
 

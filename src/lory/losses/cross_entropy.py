@@ -20,6 +20,8 @@ Head = Callable[[Tensor], Tensor]
 # A chunk's fp32 logits take CHUNK_TOKENS x V x 4 bytes (25 MB for V = 49,152, 130 MB for V = 256,000), their gradient
 # as much again; on a CPU larger chunks are no faster
 CHUNK_TOKENS = 128
+# An accelerator reads the whole head for each chunk, which a few rows do not pay for
+ACCELERATOR_CHUNK_TOKENS = 1024
 
 
 class LossSum(NamedTuple):
@@ -38,7 +40,7 @@ def cross_entropy(
     head: Head,
     labels: Tensor,
     parameters: Sequence[Tensor] = (),
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     weights: Tensor | None = None,
 ) -> LossSum:
     """Sum over learnt tokens of -log softmax(head(hidden))[label], each times its weight.
@@ -48,7 +50,7 @@ def cross_entropy(
         head: (n, H) -> (n, V) logits, scaling and soft-capping included.
         labels: (N) token ids, `IGNORE` where nothing is learnt.
         parameters: the head's own trainable tensors; they get a gradient, too.
-        chunk_tokens: how many positions' logits exist at a time.
+        chunk_tokens: how many positions' logits exist at a time; None: as many as suit the device.
         weights: (N) fp32, how much each position counts; None: 1 each.
 
     Returns:
@@ -59,8 +61,15 @@ def cross_entropy(
     # inside of the function gradients are always off, so it cannot tell an evaluation itself
     trainable = [parameter for parameter in parameters if parameter.requires_grad and torch.is_grad_enabled()]
     counts = None if weights is None else weights[learnt]
-    loss, correct = _ChunkedCrossEntropy.apply(chosen, targets, counts, head, chunk_tokens, *trainable)
+    loss, correct = _ChunkedCrossEntropy.apply(
+        chosen, targets, counts, head, choose_chunk(hidden, chunk_tokens), *trainable
+    )
     return LossSum(loss, correct, learnt.sum() if counts is None else counts.sum())
+
+
+def choose_chunk(hidden: Tensor, chunk_tokens: int | None) -> int:
+    """How many positions' logits exist at a time."""
+    return chunk_tokens or (CHUNK_TOKENS if hidden.device.type == "cpu" else ACCELERATOR_CHUNK_TOKENS)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -17,22 +17,17 @@ log 4 = 1.386 and the unlikelihood -log(3/4) - log(1/2) = 0.981.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from lory.losses.cross_entropy import CHUNK_TOKENS, Head
+from lory.losses.chunked import score_chunks
+from lory.losses.cross_entropy import Head
 from lory.runtime import UsageError
 from lory.types import IGNORE
-
-# (n, V) log-probabilities, which it may overwrite, the chunk's place among the positions, and whether a gradient is
-# wanted -> sums, the loss first, and the loss's gradient with respect to the logits
-_Score = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
 
 
 class UnlikelihoodSum(NamedTuple):
@@ -58,7 +53,7 @@ def cross_entropy_with_unlikelihood(
     seq_lens: Tensor,
     alpha: float = 1.0,
     parameters: Sequence[Tensor] = (),
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
     weights: Tensor | None = None,
     eligible: Tensor | None = None,
 ) -> UnlikelihoodSum:
@@ -80,7 +75,7 @@ def cross_entropy_with_unlikelihood(
             Padded rows: take the padding out of every argument, or give each row's width as its length.
         alpha: how much the unlikelihood counts beside the cross-entropy; 1 in the paper.
         parameters: the head's own trainable tensors; they get a gradient, too.
-        chunk_tokens: how many positions' logits exist at a time.
+        chunk_tokens: how many positions' logits exist at a time; None: as many as suit the device.
         weights: (N) how much each learnt token counts, in both parts; None: 1 each.
         eligible: (N) bool, which of `input_ids` may become candidates, such as no chat marks, or the answers' tokens
             only; None: all, as in the paper.
@@ -111,7 +106,7 @@ def cross_entropy_with_unlikelihood(
         part.add_rest(gradient, candidates, alpha * weight)
         return rows @ weight, gradient
 
-    loss, sums = _run(hidden[positions], head, score, 4, parameters, chunk_tokens)
+    loss, sums = score_chunks(hidden[positions], head, score, 4, parameters, chunk_tokens)
     weight = (labels != IGNORE).sum() if scale is None else scale.sum()
     return UnlikelihoodSum(loss, sums[1], weight, sums[2], sums[3])
 
@@ -122,7 +117,7 @@ def sequence_unlikelihood(
     labels: Tensor,
     repeated: Tensor,
     parameters: Sequence[Tensor] = (),
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sequence-level objective of Welleck et al. (arXiv 1908.04319, section "Sequence-Level Unlikelihood").
 
@@ -138,7 +133,7 @@ def sequence_unlikelihood(
         labels: (N) the continuations' tokens, `IGNORE` outside of them.
         repeated: (N) bool, which labels belong to a repetition: `repeated_ngram_mask`, flattened.
         parameters: the head's own trainable tensors; they get a gradient, too.
-        chunk_tokens: how many positions' logits exist at a time.
+        chunk_tokens: how many positions' logits exist at a time; None: as many as suit the device.
 
     Returns:
         () the sum with its gradient, a zero that keeps the graph where nothing is repeated, and () the weight, how many
@@ -156,11 +151,11 @@ def sequence_unlikelihood(
         part.add_rest(gradient, candidates, torch.ones_like(part.loss))
         return part.loss.sum()[None], gradient
 
-    loss, _ = _run(hidden[positions], head, score, 1, parameters, chunk_tokens)
+    loss, _ = score_chunks(hidden[positions], head, score, 1, parameters, chunk_tokens)
     return loss, (labels != IGNORE).sum()
 
 
-def repeated_ngram_mask(ids: Tensor, n: int = 4, lengths: Tensor | None = None) -> Tensor:
+def repeated_ngram_mask(ids: Tensor, n: int = 4, lengths: Tensor | None = None, last: bool = False) -> Tensor:
     """Which tokens belong to an n-gram that began at an earlier place of the same row, too.
 
     This is C^t_repeat-n of Welleck et al. (arXiv 1908.04319, section "Sequence-Level Unlikelihood"). N-grams overlap,
@@ -171,6 +166,7 @@ def repeated_ngram_mask(ids: Tensor, n: int = 4, lengths: Tensor | None = None) 
         ids: (B, L) continuations.
         n: length of the n-grams, in tokens.
         lengths: (B) how many tokens of each row are real; None: all.
+        last: mark the last token of each such n-gram only, the one that makes it a repetition.
 
     Returns:
         (B, L) bool.
@@ -192,7 +188,7 @@ def repeated_ngram_mask(ids: Tensor, n: int = 4, lengths: Tensor | None = None) 
     again = (place > first[number]).view(len(ids), starts)
     if lengths is not None:
         again &= torch.arange(starts, device=ids.device) + n <= lengths.to(ids.device)[:, None]
-    for offset in range(n):
+    for offset in range(n - 1 if last else 0, n):
         mask[:, offset : offset + starts] |= again
     return mask
 
@@ -261,49 +257,3 @@ def _score_unlikelihood(log_probs: Tensor, candidates: Tensor, allowed: Tensor, 
     if needs_grad:
         others = others.sub_(log_rest[:, None]).exp_()
     return _Part(loss, slope, odds, sure, others)
-
-
-def _run(
-    hidden: Tensor, head: Head, score: _Score, sums: int, parameters: Sequence[Tensor], chunk_tokens: int
-) -> tuple[Tensor, Tensor]:
-    """() the loss with its gradient, and (sums) all sums of `score` over the (N, H) states, the loss among them."""
-    # inside of the function gradients are always off, so it cannot tell an evaluation itself
-    trainable = [parameter for parameter in parameters if parameter.requires_grad and torch.is_grad_enabled()]
-    result: tuple[Tensor, Tensor] = _ChunkedScore.apply(hidden, head, score, sums, chunk_tokens, *trainable)
-    return result
-
-
-class _ChunkedScore(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head: Head, score: _Score, sums: int, chunk_tokens: int, *parameters: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        needs_grad = any(ctx.needs_input_grad)
-        precise = torch.promote_types(hidden.dtype, torch.float32)
-        grad_hidden = torch.zeros_like(hidden) if needs_grad else None
-        # added up in fp32 at least: in bf16 the sum over many chunks loses what single chunks bring
-        grad_parameters = [torch.zeros_like(parameter, dtype=precise) for parameter in parameters] if needs_grad else []
-        total = hidden.new_zeros(sums, dtype=precise)
-        for start in range(0, len(hidden), chunk_tokens):
-            here = slice(start, start + chunk_tokens)
-            with torch.set_grad_enabled(needs_grad):
-                states = hidden[here].detach().requires_grad_(needs_grad)
-                logits = head(states)
-            found, gradient = score(F.log_softmax(logits.detach(), dim=1, dtype=precise), here, needs_grad)
-            total += found
-            if grad_hidden is not None and gradient is not None:
-                grads = torch.autograd.grad(logits, [states, *parameters], gradient.to(logits.dtype))
-                grad_hidden[here] = grads[0]
-                for whole, grad in zip(grad_parameters, grads[1:], strict=True):
-                    whole += grad
-        ctx.mark_non_differentiable(total)
-        grad_parameters = [grad.to(p.dtype) for grad, p in zip(grad_parameters, parameters, strict=False)]
-        ctx.save_for_backward(*([grad_hidden, *grad_parameters] if grad_hidden is not None else []))
-        return total[0].clone(), total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # the loss is a sum, so its gradient only has to be scaled by what comes from above
-        grad_hidden, *grad_parameters = (grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
-        return grad_hidden, None, None, None, None, *grad_parameters

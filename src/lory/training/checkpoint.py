@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from lory.adapters.kinds import Kind
+from lory.data.vision.reader import ImageReader
 from lory.models.resolve import list_checkpoints
 from lory.runtime import LoryError, UsageError, flush, hash_file, read_json, write_aside, write_json
 
@@ -61,6 +62,10 @@ class Parts:
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
     accelerator: Accelerator
+    reader: ImageReader | None = None
+    """What prepares images, of a model that sees."""
+    processor_folder: Path | None = None
+    """Where its processor was loaded from."""
 
 
 def save_checkpoint(run: Path, parts: Parts, position: Position) -> Path:
@@ -90,6 +95,8 @@ def _write_parts(folder: Path, parts: Parts, position: Position, rng: dict[str, 
     except SafetensorError as error:
         raise LoryError(f"Could not write the checkpoint in {folder.parent}: {error}.") from error
     parts.tokenizer.save_pretrained(folder)
+    if parts.reader is not None:
+        parts.reader.save(folder, parts.processor_folder)
     if parts.model.generation_config is not None:
         parts.model.generation_config.save_pretrained(folder)
     write_json(folder / STATE_FILE, _state(parts, position))

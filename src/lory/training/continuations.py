@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import torch
 from lory.data.mixture.collate import Batch, collate
 from lory.generate import GenerationOptions, generate_batch
 from lory.losses.unlikelihood import repeated_ngram_mask
+from lory.models import lean
 from lory.training.objective import UnlikelihoodConfig
 from lory.types import IGNORE, Sample
 
@@ -42,47 +44,61 @@ def continue_texts(
 ) -> Batch:
     """Greedy continuations of some of the samples, as a batch whose weights are 1 where they repeat themselves.
 
-    A chat is continued from its first prompt, a plain text from `prefix_tokens` at a place that `draw` says.
-
-    Where no sample is long enough to have a prefix, nothing is learnt from the batch.
+    A chat is continued from its first prompt, a plain text from stretches of `prefix_tokens` at places that `draw`
+    says. Where no sample is long enough to have a prefix, nothing is learnt from the batch.
     """
-    prefixes = [prefix for sample in samples if (prefix := _cut_prefix(sample, config, draw))]
+    prefixes = [prefix for sample in samples for prefix in _cut_prefixes(sample, config, draw)]
     chosen = [prefixes[number] for number in torch.randperm(len(prefixes), generator=draw)[: config.sequences].tolist()]
-    continued = _continue(model, chosen, config, terminators) if chosen else []
-    if not continued:
-        # every rank has to run the same number of passes
-        continued = [Sample((terminators[0],) * 2, (IGNORE,) * 2, (0.0,) * 2)]
+    answers = _continue(model, chosen, config, terminators) if chosen else []
+    marked = [_mark(prefix, answer, config) for prefix, answer in zip(chosen, answers, strict=True)]
+    # every rank has to run the same number of passes
+    repeating = [sample for sample in marked if sample] or [Sample((terminators[0],) * 2, (IGNORE,) * 2, (0.0,) * 2)]
     leading = batching.leading
-    batch = collate([leading.prepend(sample) for sample in continued], batching.padded, batching.pad_id)
-    return replace(batch, continues=True)
+    batch = collate([leading.prepend(sample) for sample in repeating], batching.padded, batching.pad_id)
+    # the loss is a mean over all that was written, also over what need not be run again
+    return replace(batch, continues=True, learnt=sum(map(len, answers)))
 
 
 def _continue(
     model: PreTrainedModel, prefixes: Sequence[Sequence[int]], config: UnlikelihoodConfig, terminators: Sequence[int]
-) -> list[Sample]:
-    training = model.training
+) -> list[list[int]]:
+    with _decoding(model):
+        options = GenerationOptions(max_new_tokens=config.completion_tokens)
+        return generate_batch(model, prefixes, options, terminators)
+
+
+@contextlib.contextmanager
+def _decoding(model: PreTrainedModel) -> Iterator[None]:
+    """The model in eval mode and arranged for decoding; afterwards each weight lies again as training wants it."""
+    training, before = model.training, [(parameter, parameter.data) for parameter in model.parameters()]
     model.eval()
     try:
-        options = GenerationOptions(max_new_tokens=config.completion_tokens)
-        answers = generate_batch(model, prefixes, options, terminators)
+        lean.prepare_for_decoding(model)
+        yield
     finally:
+        model.__dict__.pop(lean.NAME, None)
+        for parameter, data in before:
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
         model.train(training)
-    pairs = zip(prefixes, answers, strict=True)
-    return [_mark(prefix, answer, config.ngram) for prefix, answer in pairs if answer]
 
 
-def _cut_prefix(sample: Sample, config: UnlikelihoodConfig, draw: torch.Generator) -> list[int]:
+def _cut_prefixes(sample: Sample, config: UnlikelihoodConfig, draw: torch.Generator) -> list[list[int]]:
+    """What of a sample may be continued: a chat's first prompt, or the stretches of a plain text, side by side."""
     first = next((place for place, label in enumerate(sample.labels) if label != IGNORE), 0)
     if first > 1:
-        return list(sample.input_ids[max(0, first - _LONGEST_PROMPT) : first])
-    room = len(sample) - config.prefix_tokens
-    if room < 0:
-        return []
-    start = int(torch.randint(room + 1, (), generator=draw))
-    return list(sample.input_ids[start : start + config.prefix_tokens])
+        return [list(sample.input_ids[max(0, first - _LONGEST_PROMPT) : first])]
+    size = config.prefix_tokens
+    start = int(torch.randint(len(sample) % size + 1, (), generator=draw))
+    return [list(sample.input_ids[at : at + size]) for at in range(start, len(sample) - size + 1, size)]
 
 
-def _mark(prefix: Sequence[int], answer: Sequence[int], ngram: int) -> Sample:
-    repeated = repeated_ngram_mask(torch.tensor([answer]), ngram)[0].tolist()
-    weights = (*[0.0] * len(prefix), *map(float, repeated))
-    return Sample((*prefix, *answer), (*[IGNORE] * len(prefix), *answer), weights)
+def _mark(prefix: Sequence[int], answer: Sequence[int], config: UnlikelihoodConfig) -> Sample | None:
+    """The text up to its last repeated token; what comes after changes nothing. None where nothing is repeated."""
+    ids = torch.tensor([answer], dtype=torch.long)
+    repeated = repeated_ngram_mask(ids, config.ngram, last=config.penalize == "last")[0]
+    if not repeated.any():
+        return None
+    end = int(repeated.nonzero().max()) + 1
+    weights = (*[0.0] * len(prefix), *repeated[:end].float().tolist())
+    return Sample((*prefix, *answer[:end]), (*[IGNORE] * len(prefix), *answer[:end]), weights)

@@ -176,7 +176,8 @@ class Loop:
         """Answer the sample prompts on the first rank."""
         if self.monitor:
             model, tokenizer = self.parts.model, self.parts.tokenizer
-            answer_prompts(model, tokenizer, self.samples_config, step, self.folder, self.monitor.say)
+            say, reader = self.monitor.say, self.parts.reader
+            answer_prompts(model, tokenizer, self.samples_config, step, self.folder, say, reader)
         self.accelerator.wait_for_everyone()
 
     def evaluate(self, position: Position) -> None:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from lory.adapters.prefix import packed_prefix, prefix_arguments
+from lory.adapters.unadapted import check_removable, unadapted
 from lory.config import Section
 from lory.data.mixture.collate import Batch
 from lory.losses.contrastive import contrastive_loss
 from lory.losses.cross_entropy import cross_entropy
+from lory.losses.divergence import divergence
 from lory.losses.noise import add_embedding_noise
 from lory.losses.unlikelihood import cross_entropy_with_unlikelihood, sequence_unlikelihood
 from lory.models.attention import document_arguments
 from lory.models.fused_body import fused_layers
 from lory.models.head import split_head
+from lory.models.kernels import PLAIN, Kernels
 from lory.runtime import log
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from lory.training.sight import Sight
 
 
 class UnlikelihoodConfig(Section):
@@ -44,6 +49,11 @@ class UnlikelihoodConfig(Section):
     )
     completion_tokens: int = Field(100, ge=8, description="Longest continuation, in tokens.")
     ngram: int = Field(4, ge=1, description="A token is repeated when it is part of so long a stretch seen before.")
+    penalize: Literal["ngram", "last"] = Field(
+        "ngram",
+        description="What of a repeated stretch is made less likely: all of its tokens, as in the paper, or the last "
+        "one, which makes it a repetition.",
+    )
 
 
 class ContrastiveConfig(Section):
@@ -64,6 +74,12 @@ class LossConfig(Section):
     contrastive: ContrastiveConfig = Field(
         default_factory=ContrastiveConfig, description="Against repetition, in how the model sees its tokens."
     )
+    divergence: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the Kullback-Leibler divergence to the model without its adapter, over the learnt "
+        "tokens: what the other losses do not ask for stays as it was. It takes one more forward pass.",
+    )
     embedding_noise: float = Field(
         0.0, ge=0, description="NEFTune's alpha (Jain et al. 2023, arXiv 2310.05914): noise on the embeddings."
     )
@@ -82,18 +98,31 @@ class Terms(NamedTuple):
     """() the token-level unlikelihood alone, without its weight and without gradient."""
     contrastive: Tensor
     """() the contrastive loss over documents, with gradient."""
+    divergence: Tensor
+    """() how far the learnt tokens' distributions are from those without the adapter, with gradient."""
 
 
 class Objective(nn.Module):
     """A model and its loss in one module, so that data parallelism wraps the whole of what is differentiated."""
 
-    def __init__(self, model: PreTrainedModel, config: LossConfig | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: LossConfig | None = None,
+        *,
+        sight: Sight | None = None,
+        kernels: Kernels = PLAIN,
+    ) -> None:
+        """`sight`: what images go through, of a model that sees; `kernels`: for elementwise parts of fused layers."""
         super().__init__()
         self.model = model
         self.config = config or LossConfig()
+        if self.config.divergence:
+            check_removable(model)
         # kept out of the module's children: they are the model's own
         self._parts = [split_head(model)]
-        self._fused, reason = fused_layers(model)
+        self._sight = [sight]
+        self._fused, reason = fused_layers(model, kernels)
         if self._fused is None:
             log.info("The model's own layers are trained as they are, since %s.", reason)
 
@@ -104,37 +133,52 @@ class Objective(nn.Module):
             draw: where the noise on the embeddings comes from.
         """
         head = self._parts[0][1]
-        hidden = self._run_body(batch, draw)
-        states, targets, parameters = hidden.flatten(0, 1), batch.targets.flatten(), list(head.linear.parameters())
-        zero = torch.zeros((), device=hidden.device)
+        states, targets = self._run_body(batch, draw).flatten(0, 1), batch.targets.flatten()
+        parameters = list(head.linear.parameters())
+        zero = torch.zeros((), device=states.device)
         if batch.continues:
             assert batch.weights is not None
             repeated = batch.weights.flatten() > 0
             loss, count = sequence_unlikelihood(states, head, targets, repeated, parameters)
-            return Terms(loss, zero, count, zero, zero)
+            return Terms(loss, zero, count, zero, zero, zero)
         weights = None if batch.weights is None else batch.weights.flatten()
-        if not self.training:
-            sums = cross_entropy(states, head, targets, parameters, weights=weights)
-            return Terms(sums.loss, sums.correct, sums.weight, zero, zero)
-        contrastive = zero
-        if self.config.contrastive.weight:
+        contrastive = distance = zero
+        if self.training and self.config.contrastive.weight:
             kept = states if batch.attention_mask is None else states[batch.attention_mask.flatten() > 0]
             contrastive, _ = contrastive_loss(kept, batch.seq_lens, self.config.contrastive.margin, batch.counts)
-        if alpha := self.config.unlikelihood.token:
+        if self.training and self.config.divergence:
+            distance = self._diverge(batch, states, targets, weights)
+        if self.training and (alpha := self.config.unlikelihood.token):
             # a padded row counts as one document: nothing is learnt after its end
-            widths = batch.seq_lens if batch.attention_mask is None else torch.full((len(hidden),), hidden.shape[1])
+            padded = batch.attention_mask is not None
+            widths = torch.full((len(batch.targets),), batch.targets.shape[1]) if padded else batch.seq_lens
             both = cross_entropy_with_unlikelihood(
                 states, head, targets, batch.input_ids.flatten(), widths, alpha, parameters, weights=weights
             )
-            return Terms(both.loss, both.correct, both.weight, both.unlikelihood, contrastive)
+            return Terms(both.loss, both.correct, both.weight, both.unlikelihood, contrastive, distance)
         sums = cross_entropy(states, head, targets, parameters, weights=weights)
-        return Terms(sums.loss, sums.correct, sums.weight, zero, contrastive)
+        return Terms(sums.loss, sums.correct, sums.weight, zero, contrastive, distance)
+
+    def _diverge(self, batch: Batch, states: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+        """() sum of the divergence to the model without its adapter."""
+        head = self._parts[0][1]
+        with torch.no_grad(), unadapted(self.model):
+            before = self._run_body(batch, None).flatten(0, 1)
+
+        def reference_head(hidden: Tensor) -> Tensor:
+            with unadapted(head.linear):
+                return head(hidden)
+
+        parameters = list(head.linear.parameters())
+        return divergence(states, head, before, reference_head, targets, parameters, weights=weights)
 
     def _run_body(self, batch: Batch, draw: torch.Generator | None) -> Tensor:
         """(B, T, H) last hidden states."""
         noise = self.config.embedding_noise if self.training and draw is not None and not batch.continues else 0.0
         if self._fused is not None and not noise and self._fused.covers(batch.attention_mask):
             return self._fused(batch.input_ids, batch.seq_lens)
+        if (sight := self._sight[0]) is not None:
+            return sight.run_body(batch)
         body = self._parts[0][0]
         if batch.attention_mask is None:
             arguments = document_arguments(batch.seq_lens, batch.input_ids.device) | packed_prefix(self.model)

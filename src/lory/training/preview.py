@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import torch
 from rich.text import Text
 
 from lory.adapters import kinds
+from lory.architectures import find_model_class
 from lory.data.encoding.store import digest_conversation
 from lory.data.mixture.dataset import DataConfig, Dataset
 from lory.data.sources.read import open_source
@@ -30,6 +32,8 @@ LEARNT = "bold green"
 CONTEXT = "dim"
 SHORT = 200
 """Characters of a message that is shortened."""
+_REPEATED = re.compile(r"(<[^<>\s]{2,40}>)\1{3,}")
+"""The placeholders of an image."""
 
 
 def show_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -39,9 +43,13 @@ def show_sample(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> Text:
     """
     text = Text()
     for run, weight in _runs(sample):
-        words = tokenizer.decode(run)
+        words = _REPEATED.sub(_count_repeated, tokenizer.decode(run))
         text.append(_mark(words, weight) if weight else words, style=LEARNT if weight else CONTEXT)
     return text
+
+
+def _count_repeated(match: re.Match[str]) -> str:
+    return f"{match[1]}×{len(match[0]) // len(match[1])}"
 
 
 def _mark(words: str, weight: float) -> str:
@@ -179,8 +187,6 @@ def estimate_memory(prepared: Prepared, rows: Sequence[Sequence[int]]) -> dict[s
     Raises:
         UsageError: the model is no causal language model, or lacks the layers that are to be adapted.
     """
-    from transformers import AutoModelForCausalLM
-
     config = prepared.config
     device = default_device()
     dtype = choose_dtype(config.model.dtype, device)
@@ -188,7 +194,7 @@ def estimate_memory(prepared: Prepared, rows: Sequence[Sequence[int]]) -> dict[s
     shape = load_config(path, trust)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=trust)
+            model = find_model_class(shape).from_config(shape, dtype=dtype, trust_remote_code=trust)
     except ValueError as error:
         raise UsageError(f"{path} is no causal language model: {str(error).splitlines()[0]}") from error
     base_bytes = count_bytes(model, dtype, stored_quantization(shape) or config.model.quantize)

@@ -5,24 +5,31 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lory.adapters.encoders import PromptConfig
 from lory.adapters.files import CONFIG_FILE as ADAPTER_FILE
 from lory.adapters.inject import AdapterConfig, Match
 from lory.adapters.kinds import KINDS, attach
 from lory.adapters.lint import lint_adapter
 from lory.adapters.virtual_tokens import find_leading
+from lory.assistant import load_reader
 from lory.config import apply_overrides, build
 from lory.data.encoding.named_templates import AUTO, add_answer_end, choose_template
 from lory.data.encoding.templates import NO_TEMPLATE
+from lory.data.mixture.collate import collate
 from lory.data.mixture.dataset import DataConfig, Dataset, build_dataset
 from lory.data.mixture.packing import efficiency
+from lory.data.vision.reader import ImageReader
 from lory.models.attention import keeps_documents_apart
+from lory.models.fp8 import check_fp8, hold_in_fp8
 from lory.models.fused_memory import keep_freed_memory
+from lory.models.kernels import choose_kernels
 from lory.models.load import (
     default_device,
+    find_processor_folder,
     load_config,
     load_generation_config,
     load_model,
@@ -34,7 +41,7 @@ from lory.models.resolve import Resolved, find_checkpoint, find_run, fingerprint
 from lory.runtime import UsageError, lock_file, log
 from lory.training.checkpoint import Parts, Position, drop_newer, load_checkpoint
 from lory.training.config import Config, read_config
-from lory.training.feed import Batching, Feed, SampleFeed, StreamFeed
+from lory.training.feed import Batching, Feed, SampleFeed, SeeingFeed, StreamFeed
 from lory.training.folder import check_output, check_resumable, describe_run, make_folder
 from lory.training.loop import Loop
 from lory.training.monitor import Monitor, rewind
@@ -42,6 +49,7 @@ from lory.training.objective import Objective
 from lory.training.optim import build_optimizer, build_schedule
 from lory.training.plan import Plan, count_steps, plan_rows
 from lory.training.plots import plot_runs
+from lory.training.sight import Sight, open_sight
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -58,6 +66,8 @@ class Prepared:
     dataset: Dataset
     terminators: tuple[int, ...]
     """Token ids that end an answer."""
+    reader: ImageReader | None = None
+    """What prepares images, of a model that sees."""
 
     def plan(self, processes: int = 1) -> Plan:
         """Which samples are learnt together."""
@@ -114,13 +124,40 @@ def prepare(config: Config) -> Prepared:
         for note in choose_template(tokenizer, *named):
             log.info("note: %s", note)
     ends = add_answer_end(terminators(load_generation_config(resolved, trust), tokenizer), tokenizer)
+    reader = _prepare_reader(config, resolved, tokenizer)
     try:
-        dataset = build_dataset(config.data, tokenizer, ends, config.train.seed)
+        dataset = build_dataset(config.data, tokenizer, ends, config.train.seed, reader)
     except UsageError as error:
         if not tokenizer.chat_template and NO_TEMPLATE in str(error):
             choose_template(tokenizer, *named)  # says which there are
         raise
-    return Prepared(config, resolved, tokenizer, dataset, ends)
+    _check_images(config, dataset)
+    return Prepared(config, resolved, tokenizer, dataset, ends, reader)
+
+
+def _prepare_reader(config: Config, resolved: Resolved, tokenizer: PreTrainedTokenizerBase) -> ImageReader | None:
+    """What prepares the images of a model that sees, resized as the config asks."""
+    reader = load_reader(resolved, tokenizer, config.model.trust_remote_code)
+    data = config.data
+    asked = {"max_pixels": data.max_pixels, "min_pixels": data.min_pixels, "size_factor": data.size_factor}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if reader is None or not given:
+        return reader
+    return ImageReader(reader.processor, replace(reader.resizing, **given))
+
+
+def _check_images(config: Config, dataset: Dataset) -> None:
+    """Refuse what works for texts only, where there are images."""
+    samples = [dataset.train, *dataset.eval.values()]
+    if not any(store.image_counts.any() for sample in samples for store in sample.stores):
+        return
+    loss = config.loss
+    for field, is_set in (
+        ("loss.unlikelihood.sequence_rate", loss.unlikelihood.sequence_rate),
+        ("loss.embedding_noise", loss.embedding_noise),
+    ):
+        if is_set:
+            raise UsageError(f"{field} is {is_set:g}, which does not go with images yet; set it to 0.")
 
 
 def train(
@@ -172,6 +209,7 @@ class _Built:
     objective: Objective
     matches: list[Match]
     padded: bool
+    sight: Sight | None = None
 
 
 def _build(prepared: Prepared, plan: Plan, accelerator: Accelerator) -> _Built:
@@ -187,13 +225,33 @@ def _build(prepared: Prepared, plan: Plan, accelerator: Accelerator) -> _Built:
         # what is trained to end an answer has to end it wherever the checkpoint is served
         model.generation_config.eos_token_id = list(prepared.terminators)
     padded = _must_pad(model, config.data)
-    objective = Objective(model, config.loss)
+    sight = _open_sight(model, prepared)
+    kernels = choose_kernels(config.train.kernels, accelerator.device)
+    objective = Objective(model, config.loss, sight=sight, kernels=kernels)
     ratio = config.adapter.lora_plus_ratio if isinstance(config.adapter, AdapterConfig) else None
     optimizer = build_optimizer(model, config.train, ratio)
     schedule = build_schedule(optimizer, config.train, count_steps(config.train, plan, config.data.streaming))
     kind = KINDS[config.adapter.type]
     parts = Parts(model, prepared.tokenizer, prepared.resolved.base, kind, optimizer, schedule, accelerator)
-    return _Built(parts, objective, matches, padded)
+    if prepared.reader is not None:
+        parts.reader, parts.processor_folder = prepared.reader, find_processor_folder(prepared.resolved)
+    return _Built(parts, objective, matches, padded, sight)
+
+
+def _open_sight(model: PreTrainedModel, prepared: Prepared) -> Sight | None:
+    """What images go through, where the model sees; measured on the first sample that has one."""
+    if prepared.reader is None:
+        return None
+    config, samples = prepared.config, prepared.dataset.train
+    if isinstance(config.adapter, PromptConfig):
+        raise UsageError(f"adapter.type is {config.adapter.type}, which does not go with a model that sees; use lora.")
+    sight = open_sight(model, prepared.reader, config.data.image_cache_gb)
+    seen = next((number for number, count in enumerate(samples.image_counts) if count), None)
+    if seen is not None and not sight.measures_alike(collate([samples[seen]], not config.data.packing)):
+        raise UsageError(
+            f"{type(model).__name__} computes something with images that lory does not know yet; it cannot be trained."
+        )
+    return sight
 
 
 def _open_folder(config: Config, report: dict[str, Any], accelerator: Accelerator) -> Path:
@@ -233,6 +291,10 @@ def _train_in(folder: Path, prepared: Prepared, plan: Plan, built: _Built, resum
             feed = StreamFeed(dataset.stream, plan, batching, total)
         else:
             feed = SampleFeed(dataset.train, plan, batching, total)
+        if built.sight is not None:
+            feed = SeeingFeed(feed, built.sight)
+            stack.callback(built.sight.close)
+            stack.callback(feed.close)
         loop = Loop(folder, config, objective, parts, feed, batching, dataset.eval, prepared.terminators, monitor)
         loop.run(position)
     if accelerator.is_main_process:
@@ -254,8 +316,12 @@ def build_model(prepared: Prepared, accelerator: Accelerator) -> tuple[PreTraine
     """The base model with a fresh adapter."""
     config = prepared.config
     base = config.model
+    if base.fp8:
+        check_fp8(accelerator.device)
     model = load_model(prepared.resolved, base.dtype, accelerator.device, base.trust_remote_code, base.quantize)
     matches = attach(model, config.adapter, prepared.tokenizer)
+    if base.fp8:
+        hold_in_fp8(model)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model, matches
@@ -318,7 +384,8 @@ def describe_sources(report: Mapping[str, Any]) -> list[str]:
 
 def _count_source(source: Mapping[str, Any]) -> str:
     samples = source["samples"]
+    images = f", {source['images']:,} images" if source["images"] else ""
     return (
         f"{source['name']}: {source['read']:,} read, {samples['train']:,} to train on, {samples['eval']:,} to "
-        f"evaluate on, {source['tokens']:,} tokens, {source['supervised_tokens']:,} learnt"
+        f"evaluate on, {source['tokens']:,} tokens, {source['supervised_tokens']:,} learnt{images}"
     )

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from lory.assistant import Assistant
 from lory.config import Section
+from lory.data.vision.reader import ImageReader
 from lory.generate import GenerationOptions
 from lory.metrics.repetition import repetition_scores
 from lory.runtime import explain_os_error
@@ -36,6 +37,7 @@ def answer_prompts(
     step: int,
     folder: Path,
     say: Callable[[str], None],
+    reader: ImageReader | None = None,
 ) -> None:
     """Answer the prompts greedily, show the answers, and append them with their repetition scores to samples.jsonl."""
     if not config.prompts:
@@ -46,7 +48,7 @@ def answer_prompts(
     try:
         # a draw here must not change what training draws next
         with torch.random.fork_rng():
-            assistant = Assistant(model, tokenizer)
+            assistant = Assistant(model, tokenizer, reader=reader)
             for prompt in config.prompts:
                 _answer(assistant, config, prompt, step, folder, say)
     finally:

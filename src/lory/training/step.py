@@ -34,7 +34,7 @@ class StepResult:
     """Tokens that were learnt, those of folded samples as often as they are there."""
     parts: dict[str, float]
     """The losses beside the likelihood, each by its own weight: `token_unlikelihood` and `sequence_unlikelihood` a
-    token, `contrastive` a document."""
+    token, `divergence` a learnt token, `contrastive` a document."""
 
 
 def attention_for(model: PreTrainedModel, batch: Batch) -> contextlib.AbstractContextManager[None]:
@@ -70,12 +70,13 @@ def train_step(
         likelihood=ranks / weight,
         contrastive=config.contrastive.weight * ranks / documents,
         sequence=config.unlikelihood.sequence * ranks / continued,
+        divergence=config.divergence * ranks / weight,
     )
     with attention_for(module.model, batches[0]):
         sums = _accumulate(objective, batches, factors, accelerator, draw)
-    loss_sum, sequence, correct, unlikelihood, contrastive = accelerator.reduce(sums, "sum").tolist()
+    loss_sum, sequence, correct, unlikelihood, contrastive, divergence = accelerator.reduce(sums, "sum").tolist()
     grad_norm = _clip(objective, max_grad_norm)
-    if torch.isfinite(torch.tensor([loss_sum, sequence, contrastive, grad_norm])).all():
+    if torch.isfinite(torch.tensor([loss_sum, sequence, contrastive, divergence, grad_norm])).all():
         optimizer.step()
         schedule.step()
     optimizer.zero_grad(set_to_none=True)
@@ -83,6 +84,7 @@ def train_step(
         "token_unlikelihood": unlikelihood / weight if config.unlikelihood.token else None,
         "sequence_unlikelihood": sequence / continued if any(batch.continues for batch in batches) else None,
         "contrastive": contrastive / documents if config.contrastive.weight else None,
+        "divergence": divergence / weight if config.divergence else None,
     }
     return StepResult(
         loss=loss_sum / weight,
@@ -100,6 +102,7 @@ class _Factors(NamedTuple):
     likelihood: float
     contrastive: float
     sequence: float
+    divergence: float
 
 
 def _accumulate(
@@ -109,8 +112,8 @@ def _accumulate(
     accelerator: Accelerator,
     draw: torch.Generator | None,
 ) -> Tensor:
-    """Add up the gradients of this rank's micro-batches; (5) likelihood, continuations' loss and the other terms."""
-    sums = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
+    """Add up the gradients of this rank's micro-batches; (6) likelihood, continuations' loss and the other terms."""
+    sums = torch.zeros(6, dtype=torch.float64, device=accelerator.device)
     for number, batch in enumerate(batches):
         last = number == len(batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(objective):
@@ -119,9 +122,10 @@ def _accumulate(
                 loss = terms.loss * factors.sequence
             else:
                 loss = terms.loss * factors.likelihood + terms.contrastive * factors.contrastive
+                loss = loss + terms.divergence * factors.divergence
             accelerator.backward(loss)
         parts = [0.0 * terms.loss, terms.loss] if batch.continues else [terms.loss, 0.0 * terms.loss]
-        shown = [*parts, terms.correct, terms.unlikelihood, terms.contrastive]
+        shown = [*parts, terms.correct, terms.unlikelihood, terms.contrastive, terms.divergence]
         sums += torch.stack([value.detach().double() for value in shown])
     return sums
 
