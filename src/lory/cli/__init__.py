@@ -32,7 +32,7 @@ def build_app() -> typer.Typer:
     """The command `lory` with all of its commands."""
     app = typer.Typer(
         name="lory",
-        help="Turns an open language model into your own assistant.",
+        help="Turns an open language or vision-language model into your own assistant.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
