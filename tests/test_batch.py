@@ -117,6 +117,25 @@ def test_the_guard_watches_every_answer(assistant: Assistant, policy: str, monke
         assert {answer.reason for answer in found} == {reasons[policy]}
 
 
+@pytest.mark.parametrize("policy", ["stop", "penalize", "back_up", "retry"])
+def test_the_guard_watches_a_chat_as_it_does_a_stream(
+    tiny_model: Path, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = GenerationOptions(max_new_tokens=80, on_loop=policy)
+    monkeypatch.setattr("lory.decoding.guard.Words", lambda tokenizer: None)
+    # the next token depends on the last one alone, so it goes round in circles
+    circling = load(tiny_model, "float32")
+    with torch.no_grad():
+        for weight in circling.model.model.layers.parameters():
+            weight.zero_()
+    answer = circling.chat("Hi", options)
+    unwatched = options.model_copy(update={"on_loop": "off"})
+    assert answer == "".join(circling.stream("Hi", options)) != circling.chat("Hi", unwatched)
+    assert decode_text(circling.tokenizer, circling.answer_ids("Hi", options)) == answer
+    if policy == "stop":
+        assert circling.generate("Hi", options) != circling.generate("Hi", unwatched)
+
+
 def test_retry_asks_again_as_a_stream_does(assistant: Assistant) -> None:
     options = GenerationOptions(max_new_tokens=20, on_loop="retry")
     assert assistant.chat_batch(["Hi"], options) == ["".join(assistant.stream("Hi", options))]

@@ -17,7 +17,15 @@ from lory.data.records.fields import Malformed, ReadOptions
 from lory.data.records.media import read_parts
 from lory.data.vision.images import ImageLimits
 from lory.data.vision.reader import ImageReader, Prompt, make_prompt, read_resizing
-from lory.generate import Ending, GenerationOptions, decode_text, default_options, generate_ids, stream_text
+from lory.generate import (
+    Ending,
+    GenerationOptions,
+    decode_text,
+    default_options,
+    make_guard,
+    stream_ids,
+    stream_text,
+)
 from lory.models.lean import prepare_for_decoding
 from lory.models.load import (
     DtypeName,
@@ -112,8 +120,7 @@ class Assistant:
             return
         text = "".join(self._stream(given, options, ending))
         if ending.reason == "retry":
-            again = replace(given[-1], content=f"{given[-1].content}\n\n{RETRY}")
-            text = "".join(self._stream([*given[:-1], again], options.model_copy(update={"on_loop": "stop"}), ending))
+            text = "".join(self._stream(*_ask_otherwise(given, options), ending))
         yield text
 
     def _stream(self, messages: Sequence[Message], options: GenerationOptions, ending: Ending) -> Iterator[str]:
@@ -122,7 +129,7 @@ class Assistant:
 
     def chat(self, messages: Messages, options: GenerationOptions | None = None) -> str:
         """The answer to `messages`: a question, or a list of ``{"role": ..., "content": ...}``."""
-        return decode_text(self.tokenizer, self.answer_ids(messages, options))
+        return "".join(self.stream(messages, options))
 
     def chat_batch(
         self, conversations: Sequence[Messages], options: GenerationOptions | None = None, batch_size: int = 8
@@ -140,13 +147,26 @@ class Assistant:
 
     def answer_ids(self, messages: Messages, options: GenerationOptions | None = None) -> list[int]:
         """The answer as token ids, without its terminator."""
-        return generate_ids(self.model, self.prompt(messages), options or self.options, self.terminators)
+        options, given, ending = options or self.options, parse_messages(messages), Ending()
+        ids = self._answer_ids(given, options, ending)
+        return self._answer_ids(*_ask_otherwise(given, options), ending) if ending.reason == "retry" else ids
+
+    def _answer_ids(self, messages: Sequence[Message], options: GenerationOptions, ending: Ending) -> list[int]:
+        prompt = self.prompt(messages)
+        guard = make_guard(self.tokenizer, len(prompt), options, self.terminators)
+        return list(stream_ids(self.model, prompt, options, self.terminators, guard, ending))
 
     def generate(self, text: str, options: GenerationOptions | None = None) -> str:
         """What the model writes after `text`, which is fed as it is, without a chat template."""
         if not (ids := self.tokenizer(text)["input_ids"]):
             raise UsageError("An empty text was given; there is nothing to continue.")
-        return decode_text(self.tokenizer, generate_ids(self.model, ids, options or self.options, self.terminators))
+        return "".join(stream_text(self.model, self.tokenizer, ids, options or self.options, self.terminators))
+
+
+def _ask_otherwise(messages: Sequence[Message], options: GenerationOptions) -> tuple[list[Message], GenerationOptions]:
+    """The question again, with what is asked of an answer whose first attempt went round in circles."""
+    again = replace(messages[-1], content=f"{messages[-1].content}\n\n{RETRY}")
+    return [*messages[:-1], again], options.model_copy(update={"on_loop": "stop"})
 
 
 def parse_messages(messages: Messages) -> list[Message]:

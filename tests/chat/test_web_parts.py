@@ -157,6 +157,36 @@ def test_html_outside_of_code_is_shown_and_not_applied() -> None:
     assert to_markdown("`<b>`") == "`<b>`"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\` <b>x</b> `",
+        "see ``` here\n\n<b>x</b>",
+        "~~~\n```\n~~~\n<b>x</b>",
+        "````\n```\n````\n<b>x</b>",
+        "- a\n\n  ```\n  x\n\n<b>x</b>",
+        "```\nx\n``` y\n```\n<b>x</b>",
+    ],
+)
+def test_html_beside_what_only_looks_like_code_is_shown(text: str) -> None:
+    assert "<b>" not in to_markdown(text)
+    assert from_markdown(to_markdown(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "``` html\n<b>\n\n```",
+        "~~~\n<b>",
+        "`` ` <b> ``",
+        "1. a\n   ```\n   <b>\n\n   ```",
+        "1. a\n    ```html\n    <b>\n    ```",
+    ],
+)
+def test_code_is_left_as_it_is(text: str) -> None:
+    assert to_markdown(text) == text
+
+
 def test_an_item_for_review_is_escaped_and_its_repetitions_are_marked() -> None:
     says = "Use <b> now. " * 4
     item = ReviewItem([{"role": "user", "content": "<script>"}], says, "<reason>", {"seq_rep_4": 0.5}, "<model>")

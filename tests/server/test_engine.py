@@ -212,11 +212,14 @@ def test_time_ends_an_answer_and_a_wait(opened: tuple[Catalogue, Runner]) -> Non
         engine.close()
 
 
+@pytest.mark.parametrize(
+    "failure", [RuntimeError("out of memory"), TypeError("no iterator"), IndexError, StopIteration]
+)
 def test_what_fails_is_told_and_the_engine_goes_on(
-    opened: tuple[Catalogue, Runner], engine: Engine, monkeypatch: pytest.MonkeyPatch
+    opened: tuple[Catalogue, Runner], engine: Engine, monkeypatch: pytest.MonkeyPatch, failure: Exception
 ) -> None:
     def fail(*_: Any) -> None:
-        raise RuntimeError("out of memory")
+        raise failure
 
     step = engine.runner.step
     monkeypatch.setattr(engine.runner, "step", fail)
@@ -275,7 +278,7 @@ def test_a_prompt_that_fails_fails_alone(
     assert wait_until(lambda: job.tokens > 1)
 
     def fail(*_: Any) -> None:
-        raise RuntimeError("out of memory")
+        raise TypeError("'NoneType' object is not an iterator")
 
     monkeypatch.setattr(engine.runner, "read", fail)
     assert answer(engine, *make_job(opened[0], [5, 6, 7], 9))[1] == "500 The model failed; see the server's log."

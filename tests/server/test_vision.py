@@ -156,6 +156,7 @@ def test_several_answers_to_one_image_are_counted_apart(seeing: Server) -> None:
         ([write_url(PICTURES[0])], {"text": "<image>"}, 400, "2 <image> marks and 1 image"),
         ([write_url(PICTURES[0])], {"text": "<|image_pad|>"}, 400, "2 marks for images"),
         ([], {"text": "<|image_pad|>"}, 400, "1 marks for images"),
+        ([write_url(PICTURES[0])], {"text": "<|video_pad|>"}, 400, "mark for a video"),
     ],
 )
 def test_what_is_no_image_or_not_allowed_is_said(

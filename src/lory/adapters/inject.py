@@ -65,8 +65,8 @@ class AdapterConfig(Section):
     )
     freeze_vision: bool = Field(
         True,
-        description="Of a model that sees: leave its vision tower as it is; false: all-linear and names mean its "
-        "layers, too.",
+        description="Of a model that sees: leave its vision tower as it is, but for what is named and is only there; "
+        "false: all-linear and names mean its layers, too.",
     )
     freeze_projector: bool = Field(True, description="The same for what lies between its tower and its language model.")
     rank_pattern: dict[str, int] = Field(

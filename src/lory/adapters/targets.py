@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -124,20 +124,21 @@ def match_targets(
     """What `targets`, `exclude` and `layers` mean (see `AdapterConfig`), in the model's order.
 
     Args:
-        frozen: parts of a model that sees of which all-linear and names mean nothing; an expression means what it says.
+        frozen: parts of a model that sees into which all-linear does not lead, nor a name that is there elsewhere, too;
+            a name that is only there, and an expression, mean what they say.
 
     Raises:
         UsageError: nothing matches, a name of a list matches nothing, or an expression is broken.
     """
     known = list_targets(model)
-    if frozen and not (isinstance(targets, str) and targets != ALL_LINEAR and _is_expression(targets)):
-        part_of = find_parts(model)
-        known = {path: target for path, target in known.items() if part_of(path) not in frozen}
+    part_of = find_parts(model)
+    open_paths = {path for path in known if part_of(path) not in frozen}
     if targets == ALL_LINEAR:
         head = find_head(model)
-        matched = [t for t in known.values() if _is_linear(t) and model.get_submodule(t.owner or t.path) is not head]
+        linear = [target for target in known.values() if target.path in open_paths and _is_linear(target)]
+        matched = [target for target in linear if model.get_submodule(target.owner or target.path) is not head]
     else:
-        chosen = _select(model, known, targets, "adapter.targets")
+        chosen = _select(model, known, targets, "adapter.targets", first=open_paths)
         matched = [target for target in known.values() if target.path in chosen]
     if exclude:
         excluded = _select(model, known, exclude, "adapter.exclude", inner=True)
@@ -160,9 +161,19 @@ def _is_linear(target: Target) -> bool:
 
 
 def _select(
-    model: nn.Module, known: Mapping[str, Target], wanted: str | Sequence[str], field: str, inner: bool = False
+    model: nn.Module,
+    known: Mapping[str, Target],
+    wanted: str | Sequence[str],
+    field: str,
+    inner: bool = False,
+    first: Collection[str] = (),
 ) -> set[str]:
-    """Paths that a list of names or an expression means; `inner`: a name stands for all that is in the module, too."""
+    """Paths that a list of names or an expression means.
+
+    Args:
+        inner: a name stands for all that is in the module, too.
+        first: a name means what it means among these paths, if anything.
+    """
     if isinstance(wanted, str) and _is_expression(wanted):
         matches = _compile(wanted, field)
         return {path for path in known if matches(path)}
@@ -172,7 +183,7 @@ def _select(
         paths = {path for path in known if ends_with(path, name) or (inner and f".{name}." in f".{path}")}
         if not paths:
             raise _nothing_matched(model, name, known, field)
-        found |= paths
+        found |= paths.intersection(first) or paths
     return found
 
 

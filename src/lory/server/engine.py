@@ -33,8 +33,12 @@ T = TypeVar("T")
 _READ_ALONE = 512
 _BROKEN = "The model failed; see the server's log."
 _STOPS = "The server is shutting down."
-# What a model's forward raises, as when memory runs out
-_FAILURES = (RuntimeError, ValueError, MemoryError, LoryError)
+# What a model's forward raises, as when memory runs out, or when tokens stand where it expects no such ones; a request
+# must not end the thread that all share
+_FAILURES = (
+    *(RuntimeError, ValueError, MemoryError, LoryError),
+    *(TypeError, AttributeError, IndexError, KeyError, AssertionError, StopIteration),
+)
 
 
 class Refused(LoryError):

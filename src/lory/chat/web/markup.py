@@ -4,33 +4,45 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lory.chat.review import Reviewed, ReviewItem, find_repeats
 from lory.chat.web.answers import Answer, judge
 from lory.chat.web.progress import RunState, Sample
 
-# what Markdown takes as code, where HTML is text already
-_CODE = re.compile(r"(```.*?(?:```|\Z)|``[^\n]*?``|`[^`\n]*`)", re.DOTALL)
+# What Markdown surely takes as code, where HTML is text already: a fence up to its end, one within a list whose lines are
+# all indented like it (and, indented by 4, none is blank), and spans between as many backticks on one line. Code that is
+# missed shows "&lt;"; what was taken for code and is none would be HTML that is applied.
+_CODE = re.compile(
+    r"^(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})[^\n]*\n.*?(?:^(?P=fence)[`~]*[ \t]*$|\Z)"
+    r"|^(?P<near> {1,3})(?P<inner>`{3,}(?=[^`\n]*$)|~{3,})[^\n]*\n(?:(?P=near)[^\n]*\n|[ \t]*\n)*?"
+    r"(?P=near)(?P=inner)[`~]*[ \t]*$"
+    r"|^(?P<far> {4,})(?P<deep>`{3,}(?=[^`\n]*$))[^\n]*\n(?:(?P=far)[^\n]*\S[^\n]*\n)*?(?P=far)(?P=deep)[ \t]*$"
+    r"|(?<![`\\])(?P<span>`+)(?!`)[^\n]*?(?<!`)(?P=span)(?!`)",
+    re.DOTALL | re.MULTILINE,
+)
 _ENTITY = re.compile(r"&(?=#?\w+;)")
 _ENDINGS = {"length": "cut at the longest length", "repetition": "ended since it went round in circles"}
 
 
 def to_markdown(text: str) -> str:
     """Markdown that shows a text's HTML tags in place of applying them; `from_markdown` takes it back."""
-    pieces = _CODE.split(text)
-    return "".join(
-        piece if number % 2 else _ENTITY.sub("&amp;", piece).replace("<", "&lt;") for number, piece in enumerate(pieces)
-    )
+    return _change_prose(text, lambda prose: _ENTITY.sub("&amp;", prose).replace("<", "&lt;"))
 
 
 def from_markdown(text: str) -> str:
     """The text that `to_markdown` was given."""
-    pieces = _CODE.split(text)
-    return "".join(
-        piece if number % 2 else piece.replace("&lt;", "<").replace("&amp;", "&") for number, piece in enumerate(pieces)
-    )
+    return _change_prose(text, lambda prose: prose.replace("&lt;", "<").replace("&amp;", "&"))
+
+
+def _change_prose(text: str, change: Callable[[str], str]) -> str:
+    """The text with what is not code changed."""
+    parts, end = [], 0
+    for code in _CODE.finditer(text):
+        parts += [change(text[end : code.start()]), code[0]]
+        end = code.end()
+    return "".join([*parts, change(text[end:])])
 
 
 def show_badge(answer: Answer | None, model: str = "") -> str:

@@ -160,8 +160,12 @@ class ImageReader:
         """Rendered messages with the placeholders of each image in the place of its mark, as the processor writes them.
 
         Raises:
-            UsageError: there are more marks than images, or fewer.
+            UsageError: there are more marks than images, or fewer, or a mark for a video beside them.
         """
+        video = getattr(self.processor, "video_token", None)
+        if marks and isinstance(video, str) and video != self.mark and video in text:
+            # the model would look for the video that belongs to it
+            raise UsageError(f"A text has the model's mark for a video ('{video}'); keep it out of texts.")
         parts = text.split(self.mark)
         if len(parts) - 1 != len(marks):
             raise UsageError(
