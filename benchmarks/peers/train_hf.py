@@ -40,6 +40,8 @@ def main(path: str, packed: bool) -> None:
         "max_grad_norm": MAX_NORM,
         "num_train_epochs": 100,
         "use_cpu": True,
+        # TRL's own default is mixed precision
+        "bf16": False,
         "report_to": [],
         "save_strategy": "no",
         "disable_tqdm": True,

@@ -18,11 +18,12 @@ from tests.vision_models import draw
 
 from lory.assistant import Assistant, load
 from lory.data.encoding.encode import Encoder
-from lory.data.encoding.pictures import ImageRules, reopen
+from lory.data.encoding.pictures import ImageRules, digest_pixels, reopen
 from lory.data.mixture.dataset import DataConfig, Dataset, build_dataset
+from lory.data.vision.images import ImageLimits
 from lory.data.vision.reader import ImageReader, Resizing
 from lory.runtime import LoryError, UsageError
-from lory.types import IGNORE, Conversation, Media, Message, Sample
+from lory.types import IGNORE, Conversation, Media, Message, Sample, SampleImage
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,14 @@ def test_images_inside_of_parquet_are_kept_with_the_samples(qwen: Assistant, tmp
     for number, sample in enumerate(dataset.train[:]):
         assert reopen(sample.images[0]).tobytes() == draw(number).tobytes()
     assert dataset.report()["sources"][0]["images"] == 3
+
+
+def test_a_copy_larger_than_the_file_it_was_made_of_is_opened_again() -> None:
+    image, file = Image.new("RGB", (4100, 4100)), io.BytesIO()
+    image.save(file, "PNG", compress_level=0)
+    copy = file.getvalue()
+    assert len(copy) > ImageLimits().max_bytes
+    assert reopen(SampleImage(copy, digest_pixels(image))).size == image.size
 
 
 def test_an_image_that_has_changed_is_encoded_again(qwen: Assistant, tmp_path: Path) -> None:

@@ -299,7 +299,8 @@ def test_a_growing_layer_holds_what_a_dynamic_one_holds() -> None:
         add(2), add(1)
     [layer.batch_repeat_interleave(2) for layer in layers]
     add(1, rows=4)
-    [layer.reset() for layer in layers]
+    layers[0].reset()
+    layers = layers[0], DynamicLayer()
     add(3)
 
 

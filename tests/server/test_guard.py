@@ -155,6 +155,12 @@ def test_an_adapter_from_elsewhere_is_refused(changing: tuple[Server, Path], pat
         assert "not below a folder" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["one\0", "a" * 300, "nothing", "one/adapter_config.json/x"])
+def test_an_adapter_at_a_path_that_cannot_be_is_refused(changing: tuple[Server, Path], path: str) -> None:
+    answer = post(changing[0], "/v1/adapters", json={"name": "x", "path": path})
+    assert answer.status_code == 400, answer.text
+
+
 def test_what_cannot_be_added_is_said(changing: tuple[Server, Path]) -> None:
     answer = post(changing[0], "/v1/adapters", json={"name": "x", "path": "dora"})
     assert answer.status_code == 400

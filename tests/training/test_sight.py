@@ -143,6 +143,14 @@ def test_a_full_cache_encodes_the_rest_anew(
     sight.close()
 
 
+def test_a_cache_that_nothing_was_added_to_leaves_no_files() -> None:
+    cache = FeatureCache("idle", 4000)
+    assert len(list(cache.folder.iterdir())) == 2
+    cache.close()
+    cache.close()
+    assert not list(cache.folder.iterdir())
+
+
 @pytest.mark.parametrize(
     ("adapter", "parts"),
     [

@@ -269,7 +269,9 @@ class GrowingLayer(DynamicLayer):
 
     def reset(self) -> None:
         """Forget everything."""
-        self._room = None
+        # older versions of the base class keep as many tokens, of zeros
+        self._room = self.keys = self.values = None
+        self.is_initialized = False
         super().reset()
 
 

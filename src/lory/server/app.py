@@ -84,6 +84,9 @@ class Service:
 
     async def add_adapter(self, request: AdapterRequest) -> Served:
         """Put an adapter beside the others."""
+        if "\0" in request.path:
+            # which pathlib raises at
+            raise ApiError(400, "The path has a NUL character, which no path can have.", "path")
         folder = (self.adapter_folders[0] / request.path).resolve()
         if not any(folder.is_relative_to(allowed) for allowed in self.adapter_folders):
             # the same whether it exists or not: nothing is told of other folders

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from dataclasses import dataclass, field
@@ -99,7 +100,8 @@ class Catalogue:
         self._check_free(name)
         if self.bank is None:
             raise UsageError("This server was started without adapters, and takes none.")
-        if not (folder / "adapter_config.json").exists():
+        # which says no of a name that is too long, where Path.exists raises
+        if not os.path.exists(folder / "adapter_config.json"):
             raise UsageError(f"{folder} has no adapter_config.json; it is not an adapter's folder.")
         adapter = read_adapter(self.model, folder)
         if (made_on := read_adapter_config(folder).get("base_model_name_or_path")) != self._resolved.base:

@@ -122,12 +122,15 @@ class FeatureCache:
         self._places[entry["key"]] = self._own, entry
 
     def close(self) -> None:
-        """Give the files back."""
+        """Give the files back; of a run that had nothing to add, none stays, or there would be ever more to open."""
+        names = (self._out.name, self._index.name) if not self._out.closed and self._out.tell() == 0 else ()
         self._out.close()
         self._index.close()
         for file in self._files:
             file.close()
         self._files = []
+        for name in names:
+            Path(name).unlink(missing_ok=True)
 
 
 def _to_bytes(value: Tensor) -> bytes:

@@ -11,9 +11,9 @@ from lory.chat.review import Reviewed, ReviewItem, find_repeats
 from lory.chat.web.answers import Answer, judge
 from lory.chat.web.progress import RunState, Sample
 
-# What Markdown surely takes as code, where HTML is text already: a fence up to its end, one within a list whose lines are
-# all indented like it (and, indented by 4, none is blank), and spans between as many backticks on one line. Code that is
-# missed shows "&lt;"; what was taken for code and is none would be HTML that is applied.
+# What Markdown surely takes as code, where HTML is text already: a fence up to its end, one within a list whose lines
+# are all indented like it (and, indented by 4, none is blank), and spans between as many backticks on one line. Code
+# that is missed shows "&lt;"; what was taken for code and is none would be HTML that is applied.
 _CODE = re.compile(
     r"^(?P<fence>`{3,}(?=[^`\n]*$)|~{3,})[^\n]*\n.*?(?:^(?P=fence)[`~]*[ \t]*$|\Z)"
     r"|^(?P<near> {1,3})(?P<inner>`{3,}(?=[^`\n]*$)|~{3,})[^\n]*\n(?:(?P=near)[^\n]*\n|[ \t]*\n)*?"

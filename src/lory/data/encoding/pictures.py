@@ -7,7 +7,7 @@ import io
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -159,8 +159,11 @@ def reopen(reference: SampleImage) -> Image:
     Raises:
         LoryError: it is not what it was when the data were encoded.
     """
-    # where its path leads was checked then
-    image = open_image(reference.source, Path(Path.cwd().anchor))
+    # where its path leads was checked then; the copy of one from the web may be larger than what was fetched
+    limits = ImageLimits()
+    if isinstance(reference.source, bytes):
+        limits = replace(limits, max_bytes=max(limits.max_bytes, len(reference.source)))
+    image = open_image(reference.source, Path(Path.cwd().anchor), limits)
     if digest_pixels(image) != reference.digest:
         name = reference.source if isinstance(reference.source, str) else "of a data file"
         raise LoryError(f"The image {name[:200]} has changed since the data were encoded; start the run again.")
