@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from lory.adapters.inject import AdapterConfig, attach_lora
@@ -24,6 +25,8 @@ def adapt(model: Any, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Mistral", "InternLM3"])
 def test_the_llama_family_is_covered(random_model: Callable[..., Any], family: str) -> None:
+    if family == "InternLM3" and not hasattr(transformers, "InternLM3Config"):
+        pytest.skip("this transformers has no InternLM3")
     fused, reason = fused_layers(adapt(random_model(family)))
     assert fused is not None
     assert reason == ""

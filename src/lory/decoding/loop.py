@@ -238,6 +238,7 @@ class GrowingLayer(DynamicLayer):
     `keys` and `values` are views (B, heads, T, head_dim) of the filled part of what is held.
     """
 
+    is_initialized: bool
     _room: tuple[Tensor, Tensor] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

@@ -49,10 +49,12 @@ def split_head(model: PreTrainedModel) -> tuple[nn.Module, Head]:
     probe = torch.tensor([[1, 2, 3]], device=device)
     training = model.training
     model.eval()
-    with torch.no_grad():
-        expected = model(probe, use_cache=False).logits
-        found = head(body(probe, use_cache=False).last_hidden_state)
-    model.train(training)
+    try:
+        with torch.no_grad():
+            expected = model(probe, use_cache=False).logits
+            found = head(body(probe, use_cache=False).last_hidden_state)
+    finally:
+        model.train(training)
     tolerance = 1e-4 if expected.dtype == torch.float32 else 2e-2
     if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())):
         raise UsageError(f"{type(model).__name__} does something after its output head that lory does not know yet.")

@@ -99,6 +99,9 @@ def load_model(
         raise UsageError(f"{path} has no .safetensors weights; pickled ones (.bin) are not read: convert them first.")
     precision = choose_dtype(dtype, device)
     few_bits = quantized_arguments(config, quantize, precision, device)
+    # transformers up to 5.17 runs such a model under sdpa, which leaves the cap out without a word
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    attention = {"attn_implementation": "eager"} if capped else {}
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -109,6 +112,7 @@ def load_model(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **attention,
             **few_bits,
         )
     except (ValueError, OSError, KeyError, RuntimeError, SafetensorError) as error:
