@@ -97,6 +97,21 @@ def make_llama(folder: Path, seed: int = 0, **changes: object) -> None:
     make_tokenizer(folder)
 
 
+def make_circling(model: Any, tokenizer: Any) -> list[int]:
+    """Let a model say the same nine words in turn, for ever; the words' tokens."""
+    words = [n for n in range(len(tokenizer)) if (t := tokenizer.decode([n]).strip()).isalpha() and len(t) > 1][:9]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.zero_()
+        for place, word in enumerate(words):
+            model.get_input_embeddings().weight[word, place] = 1.0
+            model.get_output_embeddings().weight[words[(place + 1) % 9], place] = 1.0
+            # what it could say instead
+            model.get_output_embeddings().weight[len(tokenizer) - 1 - place, place] = 0.9
+    return words
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a random Llama of two layers; do not write into it."""

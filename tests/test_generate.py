@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import make_circling
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
@@ -355,16 +356,7 @@ def test_a_penalty_with_a_window_differs_from_one_without(tiny_model: Path) -> N
 def circling(tiny_model: Path) -> tuple[Any, Any, list[int]]:
     """A model that says the same nine words in turn, for ever, its tokenizer, and the words' ids."""
     tokenizer, model = AutoTokenizer.from_pretrained(tiny_model), load_tiny(tiny_model)
-    words = [n for n in range(len(tokenizer)) if (t := tokenizer.decode([n]).strip()).isalpha() and len(t) > 1][:9]
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.zero_()
-        for place, word in enumerate(words):
-            model.get_input_embeddings().weight[word, place] = 1.0
-            model.get_output_embeddings().weight[words[(place + 1) % 9], place] = 1.0
-            # what it could say instead
-            model.get_output_embeddings().weight[len(tokenizer) - 1 - place, place] = 0.9
+    words = make_circling(model, tokenizer)
     return model, tokenizer, words
 
 

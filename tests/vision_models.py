@@ -58,8 +58,11 @@ def make_tokenizer(folder: Path, marks: tuple[str, ...], image: str, **settings:
     return tokenizer
 
 
-def save(folder: Path, model: Any, processor: dict[str, Any], images: dict[str, Any]) -> None:
-    """The model with large random weights, and its processor's files."""
+def save(folder: Path, model_class: Any, config: Any, processor: dict[str, Any], images: dict[str, Any]) -> None:
+    """A model with large random weights, and its processor's files."""
+    torch.manual_seed(0)
+    model = model_class(config)
+    model.generation_config.eos_token_id = 2
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -78,85 +81,41 @@ QWEN_IMAGES = {
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 1]}
 
 
-def make_qwen2_vl(folder: Path, **changes: Any) -> None:
-    """Qwen2-VL: patches of 4 x 4 pixels, 2 x 2 of which make a token."""
+def save_qwen(folder: Path, family: str, vision: dict[str, Any], **text: Any) -> None:
+    """A Qwen-VL model: patches of 4 x 4 pixels, 2 x 2 of which make a token."""
     import transformers as hf
 
     tokenizer = make_tokenizer(folder, MARKS, "<|vision_start|><|image_pad|><|vision_end|>")
     ids = dict(zip(MARKS, tokenizer.convert_tokens_to_ids(list(MARKS)), strict=True))
-    config = hf.Qwen2VLConfig(
-        text_config=TEXT | {"rope_parameters": MROPE} | changes,
-        vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 24, "num_heads": 2, "mlp_ratio": 2, "patch_size": 4},
+    config = getattr(hf, f"{family}Config")(
+        text_config=TEXT | {"rope_parameters": MROPE} | text,
+        vision_config={"depth": 2, "num_heads": 2, "patch_size": 4} | vision,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"],
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=False,
     )
-    torch.manual_seed(0)
-    model = hf.Qwen2VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = 2
-    save(folder, model, {"processor_class": "Qwen2VLProcessor"}, QWEN_IMAGES)
+    model_class = getattr(hf, f"{family}ForConditionalGeneration")
+    save(folder, model_class, config, {"processor_class": f"{family}Processor"}, QWEN_IMAGES)
+
+
+_TOWER = {"hidden_size": 16, "out_hidden_size": 24, "intermediate_size": 32}
+
+
+def make_qwen2_vl(folder: Path, **changes: Any) -> None:
+    """Qwen2-VL."""
+    save_qwen(folder, "Qwen2VL", {"embed_dim": 16, "hidden_size": 24, "mlp_ratio": 2}, **changes)
 
 
 def make_qwen2_5_vl(folder: Path) -> None:
     """Qwen2.5-VL, whose tower attends in windows."""
-    import transformers as hf
-
-    tokenizer = make_tokenizer(folder, MARKS, "<|vision_start|><|image_pad|><|vision_end|>")
-    ids = dict(zip(MARKS, tokenizer.convert_tokens_to_ids(list(MARKS)), strict=True))
-    config = hf.Qwen2_5_VLConfig(
-        text_config=TEXT | {"rope_parameters": MROPE},
-        vision_config={
-            "depth": 2,
-            "hidden_size": 16,
-            "out_hidden_size": 24,
-            "num_heads": 2,
-            "intermediate_size": 32,
-            "patch_size": 4,
-            "window_size": 16,
-            "fullatt_block_indexes": [1],
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    model = hf.Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = 2
-    save(folder, model, {"processor_class": "Qwen2_5_VLProcessor"}, QWEN_IMAGES)
+    save_qwen(folder, "Qwen2_5_VL", _TOWER | {"window_size": 16, "fullatt_block_indexes": [1]})
 
 
 def make_qwen3_vl(folder: Path) -> None:
     """Qwen3-VL, whose tower feeds several layers of the language model."""
-    import transformers as hf
-
-    tokenizer = make_tokenizer(folder, MARKS, "<|vision_start|><|image_pad|><|vision_end|>")
-    ids = dict(zip(MARKS, tokenizer.convert_tokens_to_ids(list(MARKS)), strict=True))
-    config = hf.Qwen3VLConfig(
-        text_config=TEXT | {"rope_parameters": MROPE},
-        vision_config={
-            "depth": 2,
-            "hidden_size": 16,
-            "out_hidden_size": 24,
-            "num_heads": 2,
-            "intermediate_size": 32,
-            "patch_size": 4,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0, 1],
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    model = hf.Qwen3VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = 2
-    save(folder, model, {"processor_class": "Qwen3VLProcessor"}, QWEN_IMAGES)
+    save_qwen(folder, "Qwen3VL", _TOWER | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]})
 
 
 def make_glm4v(folder: Path) -> None:
@@ -192,14 +151,11 @@ def make_glm4v(folder: Path) -> None:
         video_end_token_id=ids["<|end_of_video|>"],
         tie_word_embeddings=False,
     )
-    torch.manual_seed(0)
-    model = hf.Glm4vForConditionalGeneration(config)
-    model.generation_config.eos_token_id = 2
     images = QWEN_IMAGES | {
         "image_processor_type": "Glm4vImageProcessor",
         "size": {"shortest_edge": 128, "longest_edge": 2048},
     }
-    save(folder, model, {"processor_class": "Glm4vProcessor"}, images)
+    save(folder, hf.Glm4vForConditionalGeneration, config, {"processor_class": "Glm4vProcessor"}, images)
 
 
 def make_llava(folder: Path) -> None:
@@ -223,9 +179,6 @@ def make_llava(folder: Path) -> None:
         image_seq_length=16,
         tie_word_embeddings=False,
     )
-    torch.manual_seed(0)
-    model = hf.LlavaForConditionalGeneration(config)
-    model.generation_config.eos_token_id = 2
     processor = {
         "processor_class": "LlavaProcessor",
         "patch_size": 4,
@@ -234,7 +187,7 @@ def make_llava(folder: Path) -> None:
     }
     size = {"height": 16, "width": 16}
     images = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 16}, "crop_size": size}
-    save(folder, model, processor, images)
+    save(folder, hf.LlavaForConditionalGeneration, config, processor, images)
 
 
 def make_internvl(folder: Path) -> None:
@@ -262,9 +215,6 @@ def make_internvl(folder: Path) -> None:
         image_seq_length=4,
         tie_word_embeddings=False,
     )
-    torch.manual_seed(0)
-    model = hf.InternVLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = 2
     images = {
         "image_processor_type": "GotOcr2ImageProcessor",
         "size": {"height": 16, "width": 16},
@@ -272,7 +222,13 @@ def make_internvl(folder: Path) -> None:
         "min_patches": 1,
         "max_patches": 2,
     }
-    save(folder, model, {"processor_class": "InternVLProcessor", "image_seq_length": 4}, images)
+    save(
+        folder,
+        hf.InternVLForConditionalGeneration,
+        config,
+        {"processor_class": "InternVLProcessor", "image_seq_length": 4},
+        images,
+    )
 
 
 def make_smolvlm(folder: Path) -> None:
@@ -295,15 +251,18 @@ def make_smolvlm(folder: Path) -> None:
         scale_factor=2,
         tie_word_embeddings=False,
     )
-    torch.manual_seed(0)
-    model = hf.SmolVLMForConditionalGeneration(config)
-    model.generation_config.eos_token_id = 2
     images = {
         "image_processor_type": "SmolVLMImageProcessor",
         "size": {"longest_edge": 32},
         "max_image_size": {"longest_edge": 16},
     }
-    save(folder, model, {"processor_class": "Idefics3Processor", "image_seq_len": 4}, images)
+    save(
+        folder,
+        hf.SmolVLMForConditionalGeneration,
+        config,
+        {"processor_class": "Idefics3Processor", "image_seq_len": 4},
+        images,
+    )
 
 
 def make_gemma3(folder: Path) -> None:
@@ -329,11 +288,14 @@ def make_gemma3(folder: Path) -> None:
         image_token_id=ids["image_token"],
         image_token_index=ids["image_token"],
     )
-    torch.manual_seed(0)
-    model = hf.Gemma3ForConditionalGeneration(config)
-    model.generation_config.eos_token_id = 2
     images = {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 16, "width": 16}}
-    save(folder, model, {"processor_class": "Gemma3Processor", "image_seq_length": 4}, images)
+    save(
+        folder,
+        hf.Gemma3ForConditionalGeneration,
+        config,
+        {"processor_class": "Gemma3Processor", "image_seq_length": 4},
+        images,
+    )
 
 
 FAMILIES: dict[str, Callable[[Path], None]] = {

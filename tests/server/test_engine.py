@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import make_circling
 from tests.server.conftest import wait_until
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -234,16 +235,7 @@ def circling(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     folder = tmp_path_factory.mktemp("circling")
     shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    words = [n for n in range(len(tokenizer)) if (t := tokenizer.decode([n]).strip()).isalpha() and len(t) > 1][:9]
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" not in name:
-                parameter.zero_()
-        for place, word in enumerate(words):
-            model.get_input_embeddings().weight[word, place] = 1.0
-            model.get_output_embeddings().weight[words[(place + 1) % 9], place] = 1.0
-            # what it could say instead
-            model.get_output_embeddings().weight[len(tokenizer) - 1 - place, place] = 0.9
+    words = make_circling(model, tokenizer)
     model.save_pretrained(folder)
     return folder, words
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lory.lora.functional import low_rank
+from lory.lora.few_bits import FewBitsLinear
 from lory.lora.linear import Linear
 
 DTYPE = torch.float8_e4m3fn
@@ -81,13 +81,13 @@ def multiply_back(grad: Tensor, weight: Rounded) -> Tensor:
     return multiply(round_rows(grad, weight.scale.squeeze(1)), Rounded(turned, ones), grad.dtype, fast=False)
 
 
-class LinearFp8(Linear):
+class LinearFp8(FewBitsLinear):
     """`Linear` over a frozen weight in FP8: y = s * (Q round(x)) + b + scaling * B A x; see `from_layer`.
 
-    `weight` holds Q and the buffer `weight_scale` s. A and B, and the products with them, stay in their own precision.
-    Nothing is ever merged: the change would be rounded away.
+    `weight` holds Q and the buffer `weight_scale` s.
     """
 
+    held_as = "FP8"
     weight_scale: Tensor
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -125,26 +125,9 @@ class LinearFp8(Linear):
         """W as it was rounded, (out, in) in fp32."""
         return self.rounded.numbers()
 
-    def _changed_weight(self) -> Tensor:
-        return self.base_weight() + self.delta_weight()
-
-    def merged_weight(self) -> Tensor:
-        """Refused: FP8 cannot hold the adapter's change."""
-        raise TypeError("An adapter is merged into the 16- or 32-bit weight that the FP8 one was made from.")
-
-    def reset_parameters(self) -> None:
-        """Draw the adapter anew; the rounded weight stays."""
-        if self.has_adapter:
-            self.reset_adapter()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out), in x's dtype."""
+    def _multiply_frozen(self, x: Tensor) -> Tensor:
         y: Tensor = _FrozenProduct.apply(x, *self.rounded)
-        if self.has_adapter:
-            dropout = self.lora_dropout if self.training else 0.0
-            wide = y + low_rank(x, *self._factors(), self.scaling, dropout)
-            y = (wide * self.magnitude_scale() if self.has_magnitude else wide).to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y
 
 
 class _FrozenProduct(torch.autograd.Function):

@@ -12,8 +12,7 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
-from lory.lora.functional import low_rank
-from lory.lora.linear import Linear
+from lory.lora.few_bits import FewBitsLinear
 
 L = TypeVar("L", bound="QuantizedLinear")
 
@@ -36,13 +35,14 @@ def make_steady(layer: nn.Module) -> None:
         layer.state.__class__ = _SteadyState
 
 
-class QuantizedLinear(Linear):
+class QuantizedLinear(FewBitsLinear):
     """What `Linear4bit` and `Linear8bit` share: y = Q x + b + scaling * B A x with Q, the quantized weight, frozen.
 
-    A and B are fp32. Nothing is ever merged: adding to Q would round the adapter away. Q x is computed by bitsandbytes,
-    its gradient from Q's numbers (`base_weight`), and neither keeps anything for the backward pass; bitsandbytes' own
-    int8 product holds its input, which defeats gradient checkpointing.
+    A and B are fp32. Q x is computed by bitsandbytes, its gradient from Q's numbers (`base_weight`), and neither keeps
+    anything for the backward pass; bitsandbytes' own int8 product holds its input, which defeats checkpointing.
     """
+
+    held_as = "quantized"
 
     def __init__(self, *_: Any, **__: Any) -> None:
         raise TypeError(f"{type(self).__name__} is made from a layer that is quantized: use from_base.")
@@ -82,35 +82,16 @@ class QuantizedLinear(Linear):
     def _count_outputs(self) -> int:
         return int(self.out_features)
 
-    def _changed_weight(self) -> Tensor:
-        delta = self.delta_weight()
-        return self.base_weight().to(delta.dtype) + delta
-
     def _multiply(self, x: Tensor) -> Tensor:
         """Q x, (..., out) in x's dtype, by bitsandbytes' kernels."""
         raise NotImplementedError
 
-    def reset_parameters(self) -> None:
-        """Draw the adapter anew; the quantized weight stays."""
-        if self.has_adapter:
-            self.reset_adapter()
-
-    def merged_weight(self) -> Tensor:
-        """Refused: a quantized weight cannot hold the adapter's change."""
-        raise TypeError("An adapter is merged into the 16- or 32-bit weight that the quantized one was made from.")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) to (..., out), in x's dtype."""
+    def _multiply_frozen(self, x: Tensor) -> Tensor:
         # compilers see through bitsandbytes' own operations, not through ours
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            y: Tensor = _FrozenProduct.apply(x, self)
-        else:
-            y = self._multiply(x)
-        if self.has_adapter:
-            dropout = self.lora_dropout if self.training else 0.0
-            wide = y + low_rank(x, *self._factors(), self.scaling, dropout)
-            y = (wide * self.magnitude_scale() if self.has_magnitude else wide).to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._multiply(x)
+        y: Tensor = _FrozenProduct.apply(x, self)
+        return y
 
 
 class _FrozenProduct(torch.autograd.Function):
