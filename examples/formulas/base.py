@@ -15,6 +15,8 @@ from lory.runtime import UsageError, write_json
 
 QUESTION = "Using LaTeX to perform OCR on the image."
 """What the registry's LaTeX_OCR asks. A single token here, since each token would cost time in every step."""
+TERSE_QUESTION = "Write the image in LaTeX without spaces."
+"""The base model learns both ways of writing, as large ones do, each for its question; a token, too."""
 
 PATCH, MERGE = 14, 2
 MOST_PIXELS = 60 * (PATCH * MERGE) ** 2
@@ -26,6 +28,9 @@ ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 VISION = ("<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
 UNKNOWN = "<unk>"
 PIECE = r"\\[A-Za-z]+|\\.|[\s\S]"
+# a space belongs to what follows it: half as many tokens as with spaces by themselves, and the token before the next
+# one is a symbol, by which the model finds its place in the picture
+TOKEN = r" ?(?:\\[A-Za-z]+|\\.|\S)|\s"
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
@@ -44,17 +49,18 @@ def list_pieces() -> list[str]:
 
 
 def build_tokenizer() -> Any:
-    """A tokenizer with one token for a character or a command, so that `\\alpha x` and `\\alphax` stay apart."""
+    """A tokenizer with one token for a character or a command, each with and without a space before it."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = [END_OF_TEXT, END, *ROLES, *VISION, IMAGE, UNKNOWN]
-    words = [*special, QUESTION, *list_pieces()]
+    pieces = list_pieces()
+    words = [*special, QUESTION, TERSE_QUESTION, *pieces, *(f" {piece}" for piece in pieces if not piece.isspace())]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(special)
-    tokenizer.add_tokens([AddedToken(QUESTION, normalized=False)])
+    tokenizer.add_tokens([AddedToken(question, normalized=False) for question in (QUESTION, TERSE_QUESTION)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,

@@ -66,35 +66,30 @@ class ReviewTab:
 
     def accept_answer(self, id: str, skipped: tuple[str, ...], text: str) -> Update:
         """Accept the answer as it is."""
-        if (item := self._find(id)) and text != item.item.answer:
-            gr.Warning("The answer was edited; accept it as edited, or undo the change first.")
-            return {self.id: id}
-        return self._decide(id, skipped, "accept")
+        return self._decide(id, skipped, "accept", text)
 
     def edit_answer(self, id: str, skipped: tuple[str, ...], text: str) -> Update:
         """Take the edited text in the answer's place."""
-        if (item := self._find(id)) and text == item.item.answer:
-            gr.Warning("The answer was not changed; accept it as it is, or edit it first.")
-            return {self.id: id}
         return self._decide(id, skipped, "edit", text)
 
     def reject_answer(self, id: str, skipped: tuple[str, ...], text: str) -> Update:
         """Reject the answer."""
-        return self._decide(id, skipped, "reject")
+        return self._decide(id, skipped, "reject", text)
 
     def skip_answer(self, id: str, skipped: tuple[str, ...]) -> Update:
         """Leave the answer for later."""
         return self.show((*skipped, id))
 
-    def _find(self, id: str) -> Reviewed | None:
-        return next((one for one in read_queue(self.queue) if one.item.id == id), None)
-
-    def _decide(self, id: str, skipped: tuple[str, ...], decision: Decision, text: str = "") -> Update:
+    def _decide(self, id: str, skipped: tuple[str, ...], decision: Decision, text: str) -> Update:
         try:
-            if (item := self._find(id)) and item.decision is not None:
+            item = next((one for one in read_queue(self.queue) if one.item.id == id), None)
+            if item and item.decision is not None:
                 gr.Info("Somebody else has decided about this answer meanwhile.")
+            elif item and (objection := _object(decision, changed=text != item.item.answer)):
+                gr.Warning(objection)
+                return {self.id: id}
             else:
-                decide(self.queue, id, decision, text)
+                decide(self.queue, id, decision, text if decision == "edit" else "")
         except LoryError as error:
             gr.Warning(str(error), duration=20)
             return {self.id: id}
@@ -105,3 +100,12 @@ class ReviewTab:
         counts = f"{words} {show_counts(reviewed)}." if reviewed else words
         empty = {self.id: "", self.skipped: skipped, self.item: "", self.text: gr.Textbox("", interactive=False)}
         return {self.counts: counts, **empty, **buttons}
+
+
+def _object(decision: Decision, changed: bool) -> str:
+    """Why a decision does not go with the text in the box; empty if it does."""
+    if decision == "accept" and changed:
+        return "The answer was edited; accept it as edited, or undo the change first."
+    if decision == "edit" and not changed:
+        return "The answer was not changed; accept it as it is, or edit it first."
+    return ""
