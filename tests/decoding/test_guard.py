@@ -72,8 +72,41 @@ def test_loops_with_changed_tokens_are_found(mode: Literal["changed", "drifting"
         assert loop
         assert loop.kind == "drift" or loop.changed == 0
         delays.append(len(guard) / period)
-    assert sum(delay <= 3 for delay in delays) >= 0.9 * len(delays)
-    assert sum(delay <= 4 for delay in delays) >= 0.97 * len(delays)
+    assert sum(delay <= 3 for delay in delays) >= 0.97 * len(delays)
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_a_change_among_the_first_tokens_does_not_move_the_beginning(changed: int) -> None:
+    copies = [list(range(30)) for _ in range(4)]
+    copies[1][changed] = 999
+    guard = RepetitionGuard()
+    loop = find_loop([500, 501, 502] + [token for copy in copies for token in copy], guard)
+    assert loop
+    assert (loop.start, loop.period, loop.kind) == (3, 30, "drift")
+    assert len(guard) <= 3 + 3 * 30
+
+
+def test_an_exact_loop_is_not_held_up_by_what_stands_before_it(encode: Encode, words: Words) -> None:
+    start = encode(PROSE + "They sailed over")
+    guard = RepetitionGuard(words)
+    loop = find_loop(start + encode(" over and" * 40), guard)
+    assert loop
+    assert loop.changed == 0
+    assert len(guard) - len(start) <= 12
+
+
+def test_loops_in_text_are_found_within_three_periods(encode: Encode, words: Words) -> None:
+    draw, ids = random.Random(1), encode(PROSE)
+    late = 0
+    for _ in range(200):
+        period, rate = draw.randint(11, 60), draw.uniform(0, 0.05)
+        base = ids[(place := draw.randrange(len(ids) - period)) : place + period]
+        copies = [[draw.choice(ids) if draw.random() < rate else token for token in base] for _ in range(4)]
+        guard = RepetitionGuard(words)
+        loop = find_loop([token for copy in copies for token in copy], guard)
+        late += loop is None or len(guard) > 3 * period
+    # two tokens changed at one and the same place look like a row of a table, until there is a fourth copy
+    assert late <= 8
 
 
 def test_words_that_repeat_are_found_in_text_at_the_third_time(encode: Encode, words: Words) -> None:
@@ -113,6 +146,11 @@ def test_a_changed_copy_of_prose_is_still_a_loop_and_changed_rows_are_none(encod
     assert find_loop(encode(rows), RepetitionGuard(words)) is None
 
 
+def pairs() -> list[tuple[str, str]]:
+    said = list(dict.fromkeys(word.strip(".,;") for word in PROSE.split()))
+    return list(zip(said, reversed(said), strict=True))
+
+
 ORDINARY = {
     "list": "".join(f"- item {number}: {word}\n" for number, word in enumerate(PROSE.split())),
     "numbered steps": "".join(f"{n}. Press the key {n} and wait for the lamp {n + 1} to go on.\n" for n in range(40)),
@@ -121,6 +159,11 @@ ORDINARY = {
     "matrix": "[" + "0, " * 90 + "0]",
     "rules": "Title\n" + "-" * 120 + "\n" + PROSE + "\n" + "=" * 120 + "\n",
     "json": "[" + ",\n".join(f'{{"id": {n}, "name": "{w}", "ok": true}}' for n, w in enumerate(PROSE.split())) + "]",
+    "filled in": "".join(
+        f"The train to {a} leaves from platform {b} at the same time every day.\n" for a, b in pairs()
+    ),
+    "copyrights": "".join(f"Copyright (C) {year} by {w} and others.\n" for year, w in enumerate(PROSE.split(), 1990)),
+    "imports": "".join(f"from tools.words.{word.strip('.,;')} import {word.strip('.,;')}\n" for word in PROSE.split()),
     "refrain": "\n\n".join(
         f"{PROSE[70 * n : 70 * n + 70]}\n\nRow, row, row your boat\nGently down the stream" for n in range(4)
     ),

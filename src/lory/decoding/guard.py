@@ -6,21 +6,19 @@ compared with the one a period back, so a token costs a few dictionary look-ups 
 
 Much that is regular is no loop, and three things tell them apart:
 
-- Prose never says five different words three times over; code, tables and rules of dashes do. So a period of prose is
-  called a loop at its third copy, and the fewer words it has, the longer it must go on.
+- Prose says nothing three times over; code, tables and rules of dashes do. So what reads like prose is called a loop at
+  its third copy, and anything else has to go on for longer, the less it says the longer.
 - A table or list differs in the same places of every row, a loop with changed tokens anywhere. So the last periods are
-  laid on top of each other: a place that had something else each time is a slot with content of its own.
+  laid on top of each other, and the places that had something else each time are counted against what chance explains.
 - Numbers that differ are data.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,10 +26,8 @@ from transformers import StoppingCriteria
 
 from lory.decoding.loop import Verdict
 from lory.decoding.processors import LoopEscape
+from lory.decoding.words import Substance, Words
 from lory.runtime import UsageError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Kind = Literal["token", "phrase", "passage", "drift"]
 
@@ -39,45 +35,27 @@ MAX_PERIOD = 200
 NGRAM = 4
 _MOST = 8
 """Periods that are followed at a time."""
-_MISS = 6
-"""A token that differs costs as much as this many equal ones earn: below 86% equal tokens a period is given up."""
+_MISS = 5
+"""A token that differs costs as much as this many equal ones earn: below 83% equal tokens a period is given up."""
 _CREDIT = 40
 """The most that equal tokens earn."""
-_FIRST_CREDIT = 12
-"""What a period has at least when it is proposed, so that two changed tokens side by side don't end it."""
+_FIRST_CREDIT = 16
+"""What a period has at least when it is proposed, so that changed tokens side by side don't end it."""
 _MISS_BEFORE = 2
 """What a token that differs costs while the beginning is looked for; more would put it after the first change."""
-_DIFFERING = 0.14
-"""Tokens that may differ from those a period back: 5% changed in either copy are 10%, and their spread."""
-_SLOTS = 0.02
-"""Places of a period that may be slots; with 5% of changed tokens 0.75% look like one by chance."""
+_DIFFERING, _SPREAD = 0.1, 0.55
+"""Tokens that may differ from those a period back: 5% changed in either copy are 10%, and their spread, which goes with
+one over the root of how many are compared."""
 _NUMBERS = 1 / 3
 """Of the places that differ, those at which a number may stand in place of another."""
-_RICH = 5
-"""Different words, at least, in a period that is taken for a loop at its third copy."""
-_PROSE_SHARE, _PROSE_SLOPE, _PROSE_LEAST = 0.45, 0.006, 0.1
-"""Words after a space among a period's tokens, at least, where three copies with changes are a loop (most prose has
-0.6 to 0.8, Python files 0.2); how much less for each of its tokens, since rows of tables are short; and the least."""
-_CONTEXT = 64
-"""Tokens among which signs of source code are counted where a period has few words."""
-_EARLY = 2
-"""Tokens before the end of the third copy at which it is looked at: the first token of the second may be changed."""
-
-
-class Substance(IntEnum):
-    """What a token says."""
-
-    CODE = 0
-    """What source code and tables have more of than prose: brackets, rules, underscores, indentation."""
-    SIGN = 1
-    """Other punctuation, spaces, lone letters, AAAA."""
-    NUMBER = 2
-    BYTES = 3
-    """A part of a character."""
-    PART = 4
-    """A word that does not stand after a space, or a part of one."""
-    WORD = 5
-    """A word after a space, or of a script without upper and lower case."""
+_CONTEXT = 256
+"""Tokens by which it is judged whether the text around a loop is prose."""
+_PROSE_LEAST, _LONG, _LONGEST = 0.2, 40, 80
+"""Words after a space less signs of code among all tokens, at least, in what is taken for prose (most of it has 0.6 to
+0.8); less from the second figure of tokens on, and 0 from the third: long passages of code hardly ever come again."""
+_EARLY, _EARLY_SHARE = 2, 0.1
+"""Tokens before the end of the third copy, and share of a period if that is more, at which it is looked at: the first
+tokens of the second may be changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +66,28 @@ class _Patience:
     tokens: int
     periods_with_changes: float
     tokens_with_changes: int
+    caution: float
+    """Times one over the period, the least probability that a loop's changed tokens fall on as many places twice as
+    they did; see `_is_table`."""
 
 
-# Chosen on 29,000 documents: source code, markup, tables, licences, articles, answers (benchmarks/guard.py measures)
-_UNKNOWN = _Patience(2.9, 32, 3.0, 32)
-_PROSE = _Patience(3.0, 9, 3.0, 24)
-_FEW_WORDS = _Patience(3.0, 12, 3.7, 48)
-_PROSE_OF_PARTS = _Patience(3.0, 9, 4.0, 120)
-_PHRASES_IN_SIGNS = _Patience(3.9, 100, 4.0, 120)
-_WORDS_IN_SIGNS = _Patience(3.9, 200, 4.0, 250)
+_NEVER = 10**9
+# Chosen on 30,000 documents: source code, markup, tables, licences, articles, answers (benchmarks/guard.py measures)
+_PASSAGE = _Patience(3, 9, 3, 24, 1)
+_SENTENCE = _Patience(3, 9, 3, 24, 1.5)
+_CLAUSE = _Patience(3, 9, 3, 24, 5)
+_PHRASE = _Patience(3, 9, 3, 24, 10)
+_PHRASE_WITH_SIGNS = _Patience(3, 24, 3, 32, 10)
+_WORD_AGAIN = _Patience(3, 12, 3, 48, 3)
+_UNKNOWN = _Patience(3, 32, 3, 32, 3)
+# of three tokens each, perhaps
+_CHARACTERS = _Patience(3, 20, 4, 120, 10)
+_PASSAGE_IN_SIGNS = _Patience(3, 120, 5, 200, 16)
+_PHRASE_IN_SIGNS = _Patience(4, 100, 6, 200, 40)
+_WORDS_IN_SIGNS = _Patience(4, 200, 6, 250, 40)
 # numbers that differ here and there are data
-_SIGNS = _Patience(2.9, 400, 2.9, 400)
+_ROWS_OF_SIGNS = _Patience(3, 150, 3, _NEVER, 0)
+_SIGNS = _Patience(3, 400, 3, _NEVER, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,53 +109,18 @@ class Loop:
     changed: float = 0.0
 
 
-_ONE_LETTER_WORDS = frozenset("aAI")
-_CODE = re.compile(r"[_{}\[\]=<>|\\/&^%$@+;]|::|\(\)|\S\(|^\(|\)\)|\)[,.:]|\n[ \t]|\t|  ")
-
-
-class Words:
-    """What each token of a tokenizer says; looked up when it is asked for, once for each token."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
-        self._known: dict[int, Substance] = {}
-
-    def __call__(self, token: int) -> Substance:
-        """What the token says."""
-        known = self._known.get(token)
-        if known is None:
-            text = self._tokenizer.decode([token])
-            # twice, since many tokenizers drop a text's first space
-            spaced = self._tokenizer.decode([token, token]).strip() == f"{text.strip()} {text.strip()}"
-            known = self._known[token] = _weigh(text, spaced)
-        return known
-
-
-def _weigh(text: str, spaced: bool) -> Substance:
-    if _CODE.search(text):
-        return Substance.CODE
-    bare = text.strip()
-    letters = {character.lower() for character in bare if character.isalpha()}
-    # a script without upper and lower case says more in a letter; AAAA, on the other hand, says nothing
-    if any(letter == letter.upper() for letter in letters):
-        return Substance.WORD
-    if len(letters) >= 2 or bare in _ONE_LETTER_WORDS:
-        return Substance.WORD if spaced and bare.isalpha() else Substance.PART
-    if "\ufffd" in text:
-        return Substance.BYTES
-    return Substance.NUMBER if bare.isdigit() else Substance.SIGN
-
-
 class _Stretch:
     """A period that is followed."""
 
-    __slots__ = ("begin", "credit", "differing", "due", "period")
+    __slots__ = ("begin", "credit", "differing", "doubts", "due", "exact", "period")
 
-    def __init__(self, period: int, begin: int, differing: int, credit: int, due: int) -> None:
+    def __init__(self, period: int, begin: int, exact: int, differing: int, credit: int, due: int) -> None:
         self.period = period
         self.begin = begin  # the first token that is compared with the one a period back
+        self.exact = exact  # the first after the last that differed
         self.differing = differing
         self.credit = credit
+        self.doubts = 0  # how often it was taken for a table
         self.due = due  # when to look at it closely
 
 
@@ -174,20 +128,21 @@ class RepetitionGuard:
     """Watches one answer's tokens; a token costs about a microsecond.
 
     Args:
-        substance: what a token says, as `Words` has it; without it each token counts as a word, and tables and rules of
+        substance: what a token says; without it each token counts as a word, and tables and rules of
             dashes raise false alarms.
         max_period: the longest period that is looked for, in tokens.
 
     After an alarm it looks for a new loop: one that goes on is reported again when it has gone on as long once more.
     """
 
-    def __init__(self, substance: Callable[[int], Substance] | None = None, max_period: int = MAX_PERIOD) -> None:
+    def __init__(self, substance: Words | None = None, max_period: int = MAX_PERIOD) -> None:
         if max_period < 1:
             raise UsageError(f"max_period = {max_period} was given to the repetition guard; give 1 or more tokens.")
         self.max_period = max_period
         self._substance = substance
         self._ids: list[int] = []
         self._last: dict[tuple[int, ...], int] = {}
+        self._prose = [0]  # by place: words after a space less signs of code before it; made when it is asked for
         self._followed: list[_Stretch] = []
         self._floor = 0  # what stands before it was part of an alarm
 
@@ -206,6 +161,7 @@ class RepetitionGuard:
                     stretch.credit += 1
             else:
                 stretch.differing += 1
+                stretch.exact = place + 1
                 stretch.credit -= _MISS
                 if stretch.credit < 0:
                     lost = True
@@ -226,6 +182,7 @@ class RepetitionGuard:
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens; what looped before is not held against what comes now."""
         ids, self._ids, self._last, self._followed = self._ids[:length], [], {}, []
+        del self._prose[length + 1 :]
         self._floor = length
         for token in ids:
             self._ids.append(token)
@@ -237,100 +194,148 @@ class RepetitionGuard:
             return
         ids, place = self._ids, len(self._ids) - 1
         # how far back it holds already: where an earlier n-gram had repeated something nearer, it was not proposed
-        begin, differing, seen, score, best = place, 0, 0, 0, 0
+        begin, exact, differing, seen, score, best = place, 0, 0, 0, 0, 0
         lowest = max(self._floor + period, place - 2 * self.max_period)
         for earlier in range(place, lowest - 1, -1):
             if ids[earlier] == ids[earlier - period]:
                 score += 1
-                if score >= best:
-                    best, begin, differing = score, earlier, seen
+                # one less: a changed token among the first few is still behind the beginning
+                if score >= best - 1:
+                    best, begin, differing = max(score, best), earlier, seen
             else:
+                exact = exact or earlier + 1
                 score -= _MISS_BEFORE
                 seen += 1
                 if score < best - _MISS * _MISS_BEFORE:
                     break
         credit = max(_FIRST_CREDIT, min(_CREDIT, place - begin + 1 - differing * (_MISS + 1)))
-        due = begin - period + max(3 * period - _EARLY, _PROSE.tokens) - 1
+        due = begin - period + max(_count_tokens(3, period), _PASSAGE.tokens) - 1
         if len(self._followed) >= _MOST:
             self._followed.remove(min(self._followed, key=lambda stretch: stretch.credit))
-        self._followed.append(_Stretch(period, begin, differing, credit, max(place, due)))
+        self._followed.append(_Stretch(period, begin, exact or begin, differing, credit, max(place, due)))
 
     def _examine(self, stretch: _Stretch) -> Loop | None:
-        """Whether a stretch is a loop by now; if not, when to look again (at least a quarter of a period later)."""
+        """Whether a stretch is a loop by now; if not, when to look again."""
+        self._extend(stretch)
         place, period = len(self._ids) - 1, stretch.period
         compared = place - stretch.begin + 1
         patience = self._choose_patience(period)
-        needed = max(math.ceil(patience.periods * period) - _EARLY, patience.tokens)
-        if stretch.differing:
-            least = math.ceil(patience.periods_with_changes * period) - _EARLY
-            needed = max(needed, least, patience.tokens_with_changes)
-        if compared + period < needed:
-            stretch.due = stretch.begin - period + needed - 1
+        exact = place - stretch.exact + 1 + period
+        needed = max(_count_tokens(patience.periods, period), patience.tokens)
+        if exact >= needed:
+            kind: Kind = "token" if period == 1 else "phrase" if period <= 8 else "passage"
+            return Loop(stretch.exact - period, period, exact / period, kind)
+        needed_with_changes = max(_count_tokens(patience.periods_with_changes, period), patience.tokens_with_changes)
+        # by then more of what stands around it is the loop itself
+        stretch.due = place + min(needed - exact, max(period, 8))
+        if compared + period < needed_with_changes:
+            stretch.due = min(stretch.due, stretch.begin - period + needed_with_changes - 1)
             return None
-        if stretch.differing and (
-            stretch.differing > _DIFFERING * compared
-            or patience is _SIGNS
-            or self._is_table(period, copies=3 if patience.periods_with_changes <= 3 else 4)
-        ):
-            stretch.due = place + max(period // 4, 8)
+        most = _DIFFERING * compared + _SPREAD * math.sqrt(compared)
+        chance = min(1.0, patience.caution * (1 + stretch.doubts) / period)
+        if stretch.differing > most or self._is_table(stretch, chance):
+            # it can be told better at the end of the third copy, and from then on with one copy more
+            third = stretch.begin + 2 * period - 1
+            if place < third:
+                stretch.due = min(stretch.due, third)
+            else:
+                stretch.doubts += 1
             return None
-        kind: Kind = "token" if period == 1 else "phrase" if period <= 8 else "passage"
-        return Loop(
-            start=stretch.begin - period,
-            period=period,
-            repeats=(compared + period) / period,
-            kind="drift" if stretch.differing else kind,
-            changed=stretch.differing / compared,
-        )
+        repeats, changed = (compared + period) / period, stretch.differing / compared
+        return Loop(stretch.begin - period, period, repeats, "drift", changed)
+
+    def _extend(self, stretch: _Stretch) -> None:
+        """Move the beginning back over tokens that were changed in the second copy only: the third has them again."""
+        ids, period = self._ids, stretch.period
+        while (start := stretch.begin - period) > self._floor and ids[start - 1] == ids[start - 1 + 2 * period]:
+            stretch.begin -= 1
+            stretch.differing += ids[stretch.begin] != ids[start - 1]
 
     def _choose_patience(self, period: int) -> _Patience:
         if self._substance is None:
-            return _PROSE if len(set(self._ids[-period:])) >= _RICH else _UNKNOWN
-        ids = self._ids[-period:]
-        substances = [self._substance(token) for token in ids]
-        distinct = dict(zip(ids, substances, strict=True)).values()
+            return _choose_in_prose(period) if len(set(self._ids[-period:])) >= 5 else _UNKNOWN
+        distinct = [self._substance(token) for token in set(self._ids[-period:])]
         words = sum(substance >= Substance.PART for substance in distinct)
-        content = words + sum(substance == Substance.BYTES for substance in distinct) / 2
-        # without spaces before them, words are names in code
-        prose = sum(substance in (Substance.WORD, Substance.BYTES) for substance in substances) / period
-        code = substances.count(Substance.CODE) / period
-        if content >= _RICH:
-            if code <= 0.1 and prose >= max(_PROSE_SHARE - _PROSE_SLOPE * period, _PROSE_LEAST):
-                return _PROSE
-            if (code <= 0.15 and prose >= 0.2) or period >= 40:
-                return _PROSE_OF_PARTS
-        elif prose >= 0.3 and sum(substance >= Substance.BYTES for substance in substances) >= 0.6 * period:
-            # a few words say little about the text that they stand in
-            around = [self._substance(token) for token in self._ids[-_CONTEXT:]]
-            # and a run of one emoji is three tokens of bytes
-            if around.count(Substance.CODE) <= 0.1 * len(around) and (words or content >= 2):
-                return _FEW_WORDS if words else _UNKNOWN
-        return _PHRASES_IN_SIGNS if content >= 4 else _WORDS_IN_SIGNS if content else _SIGNS
+        content = words + distinct.count(Substance.BYTES) / 2
+        if content and self._is_prose(period):
+            if not words and content < 5:
+                # a line may be drawn with one
+                return _CHARACTERS if period > 3 else _WORDS_IN_SIGNS
+            if period < 10 and Substance.CODE in distinct:
+                return _PHRASE_WITH_SIGNS
+            return _choose_in_prose(period)
+        if period >= _LONG and len(distinct) >= 10:
+            return _PASSAGE_IN_SIGNS if content >= 5 else _ROWS_OF_SIGNS
+        return _PHRASE_IN_SIGNS if content >= 4 else _WORDS_IN_SIGNS if content else _SIGNS
 
-    def _is_table(self, period: int, copies: int) -> bool:
-        """Whether the last three or four copies differ as rows of a table do: at the same places, or in numbers.
+    def _is_prose(self, period: int) -> bool:
+        """Whether the last period and what stands around it read like prose, and not like code or a table."""
+        assert self._substance is not None
+        sums = self._prose
+        for token in self._ids[len(sums) - 1 :]:
+            substance = self._substance(token)
+            # without spaces before them, words are names in code
+            sums.append(sums[-1] + (substance in (Substance.WORD, Substance.BYTES)) - (substance == Substance.CODE))
+        around = min(_CONTEXT, len(self._ids))
+        least = _PROSE_LEAST * min(1.0, max(0.0, (_LONGEST - period) / (_LONGEST - _LONG)))
+        in_context, in_period = (sums[-1] - sums[-1 - around]) / around, (sums[-1] - sums[-1 - period]) / period
+        # the few tokens of a period may by chance have few words
+        return min(in_context, in_period + 0.1) > least
 
-        Of the tokens w, x, y, z at one place in four copies, a loop has one changed (w x w w), or a change that stays
-        (w w y y); a slot with content of its own has more. Of three copies, a slot has x, y and z all different; where
-        a share r of a loop's tokens was changed, that comes at 3 r^2 of the places, and one odd token at 3 r of them.
+    def _is_table(self, stretch: _Stretch, chance: float) -> bool:
+        """Whether the last copies differ as rows of a table do: at the same places, or in numbers.
+
+        Changed tokens of a loop may be anywhere. If three copies of p tokens have n changed ones, n^2 / 2 pairs of
+        them fall on the same place of two different copies with a probability of 2 / 3p each, so that about n^2 / 3p
+        places are "slots", which have something else in each copy; of four copies, 3 m^2 / 8p have two changed ones,
+        where m is 4/3 n. Rows of a table have far more: then the Poisson probability of so many is below `chance`.
         """
-        ids, number = self._ids, self._is_number
-        slots = odd = numbers = 0
+        ids, number, period, start = self._ids, self._is_number, stretch.period, stretch.begin - stretch.period
+        slots = twice = odd = numbers = 0
         for place in range(len(ids) - period, len(ids)):
             z, y = ids[place], ids[place - period]
-            x = ids[place - 2 * period] if place >= 2 * period else y
+            if place - 2 * period < start:
+                # the third copy is not there yet, and may differ as well
+                slots, twice, odd = slots + (z != y), twice + (z != y), odd + (z != y)
+                continue
+            x = ids[place - 2 * period]
+            w = ids[place - 3 * period] if place - 3 * period >= start else x
+            twice += _changes_often(w, x, y, z)
             if z == y == x:
                 continue
-            w = ids[place - 3 * period] if place >= 3 * period else x
-            numbers += (number(y) and number(z)) or (number(x) and number(y))
-            slots += (y not in (x, z) and x != z) if copies == 3 else _changes_often(w, x, y, z)
+            numbers += (z != y and number(y) and number(z)) or (y != x and number(x) and number(y))
+            slots += x != y and y != z and x != z
             odd += 1
         if numbers > _NUMBERS * odd:
             return True
-        return slots > (max(1, _SLOTS * period) if copies == 3 else 0.75 * _SLOTS * period) or odd < 3 * slots
+        expected = odd * odd / (3 * period)
+        return not (_is_likely(slots, expected, chance) and _is_likely(twice, 2 * expected, chance))
 
     def _is_number(self, token: int) -> bool:
         return self._substance is not None and self._substance(token) == Substance.NUMBER
+
+
+def _choose_in_prose(period: int) -> _Patience:
+    if period < 3:
+        return _WORD_AGAIN
+    if period < 20:
+        return _PHRASE if period < 10 else _CLAUSE
+    return _SENTENCE if period < _LONG else _PASSAGE
+
+
+def _count_tokens(periods: float, period: int) -> int:
+    """The tokens that so many periods have, less a few that may be missed at the beginning."""
+    return math.ceil(periods * period - max(_EARLY, _EARLY_SHARE * period))
+
+
+def _is_likely(count: int, expected: float, chance: float) -> bool:
+    """Whether the Poisson probability of `count` or more is at least `chance`."""
+    term = math.exp(-expected)
+    fewer = 0.0
+    for number in range(count):
+        fewer += term
+        term *= expected / (number + 1)
+    return 1 - fewer >= chance
 
 
 def _changes_often(w: int, x: int, y: int, z: int) -> bool:
@@ -365,7 +370,7 @@ class PolicyGuard:
         self,
         policy: Policy,
         prompt_tokens: int,
-        substance: Callable[[int], Substance] | None = None,
+        substance: Words | None = None,
         terminators: Collection[int] = (),
         limit: int = 3,
         seed: int = 0,
@@ -444,7 +449,7 @@ class RepetitionStop(StoppingCriteria):
         loops: by row, the loop that ended it.
     """
 
-    def __init__(self, prompt_tokens: int, substance: Callable[[int], Substance] | None = None) -> None:
+    def __init__(self, prompt_tokens: int, substance: Words | None = None) -> None:
         self.loops: dict[int, Loop] = {}
         self._seen = prompt_tokens
         self._substance = substance
