@@ -49,7 +49,8 @@ def draw_similarity(matrices: Mapping[str, Tensor], path: Path) -> None:
         axis.set_xlabel("token")
     axes[0].set_ylabel("token")
     figure.colorbar(image, ax=list(axes), label="cosine similarity", shrink=0.85)
-    figure.savefig(path, dpi=80)
+    # the layout leaves the titles too little room
+    figure.savefig(path, dpi=80, bbox_inches="tight")
 
 
 def main() -> None:
