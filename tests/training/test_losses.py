@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lory.adapters.inject import AdapterConfig, attach_lora
+from lory.adapters.unadapted import unadapted
 from lory.adapters.virtual_tokens import Leading
 from lory.data.mixture.collate import Batch, collate
 from lory.models.attention import documents_apart
@@ -255,8 +257,6 @@ def test_the_sequence_loss_is_minus_log_one_minus_p_of_what_is_repeated(model: P
         (IGNORE,) * 3 + answer,
         (0.0,) * 3 + tuple(float(place in repeated) for place in range(len(answer))),
     )
-    from dataclasses import replace
-
     batch = replace(collate([sample]), continues=True)
     config = LossConfig.model_validate({"unlikelihood": {"sequence": 2.0}})
     result, found = gradients(model, [collate(draw_samples()), batch], config)
@@ -268,6 +268,30 @@ def test_the_sequence_loss_is_minus_log_one_minus_p_of_what_is_repeated(model: P
     parameters = [p for p in model.parameters() if p.requires_grad]
     for ours, theirs, grad in zip(found, plain, torch.autograd.grad(2.0 * loss, parameters), strict=True):
         torch.testing.assert_close(ours, theirs + grad, atol=1e-9, rtol=1e-7)
+
+
+def test_what_continuations_do_not_repeat_is_held_where_it_was(random_model: Any) -> None:
+    model = adapt(random_model("Llama"))
+    prefix, answer, repeated = (3, 4, 5), (6, 7, 8, 9, 6, 7, 8, 9, 10), range(4, 8)
+    weights = (0.0,) * 3 + tuple(float(place in repeated) for place in range(len(answer)))
+    sample = Sample(prefix + answer, (IGNORE,) * 3 + answer, weights)
+    batch = replace(collate([sample]), continues=True)
+    config = LossConfig.model_validate({"unlikelihood": {"divergence": 3.0}})
+    result, found = gradients(model, [batch], config)
+
+    def read() -> Tensor:
+        return F.log_softmax(model(torch.tensor([prefix + answer])).logits[0], -1)
+
+    now = read()
+    with unadapted(model), torch.no_grad():
+        before = read()
+    each = (before.exp() * (before - now)).sum(-1)
+    distance = sum(each[2 + place] for place in range(len(answer)) if place not in repeated) / len(answer)
+    loss = -sum(torch.log1p(-now[2 + place, answer[place]].exp()) for place in repeated) / len(answer)
+    assert result.parts["continued_divergence"] == pytest.approx(float(distance), abs=1e-9)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for ours, grad in zip(found, torch.autograd.grad(loss + 3.0 * distance, parameters), strict=True):
+        torch.testing.assert_close(ours, grad, atol=1e-9, rtol=1e-7)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25, 0.5, 1.0])

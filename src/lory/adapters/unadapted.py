@@ -11,8 +11,8 @@ from lory.adapters.inject import adapted_layers, whole_tensors
 from lory.runtime import UsageError
 
 
-def check_removable(model: nn.Module) -> None:
-    """Refuse a model whose adapter is more than a change that is added to weights.
+def check_removable(model: nn.Module, field: str) -> None:
+    """Refuse a model whose adapter is more than a change that is added to weights; `field` asks for it.
 
     Raises:
         UsageError: it has no low-rank adapter, or learns lengths (DoRA) or whole modules beside it.
@@ -20,8 +20,8 @@ def check_removable(model: nn.Module) -> None:
     layers = [layer for _, layer in adapted_layers(model)]
     if not layers or whole_tensors(model).tensors or any(layer.has_magnitude for layer in layers):
         raise UsageError(
-            "loss.divergence needs the model as it was, which an adapter of another type than lora, or one with "
-            "modules_to_save, does not keep; use adapter.type=lora without them, or set loss.divergence to 0."
+            f"{field} needs the model as it was, which an adapter of another type than lora, or one with "
+            f"modules_to_save, does not keep; use adapter.type=lora without them, or set {field} to 0."
         )
 
 

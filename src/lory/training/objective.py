@@ -22,6 +22,7 @@ from lory.models.fused_body import fused_layers
 from lory.models.head import split_head
 from lory.models.kernels import PLAIN, Kernels
 from lory.runtime import log
+from lory.types import IGNORE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +54,13 @@ class UnlikelihoodConfig(Section):
         "ngram",
         description="What of a repeated stretch is made less likely: all of its tokens, as in the paper, or the last "
         "one, which makes it a repetition.",
+    )
+    divergence: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the divergence to the model without its adapter over the continuations' tokens that "
+        "repeat nothing, so that the way out of a repetition is one that the model would have gone itself. It takes "
+        "one more forward pass.",
     )
 
 
@@ -99,7 +107,8 @@ class Terms(NamedTuple):
     contrastive: Tensor
     """() the contrastive loss over documents, with gradient."""
     divergence: Tensor
-    """() how far the learnt tokens' distributions are from those without the adapter, with gradient."""
+    """() how far the learnt tokens' distributions, or a continuation's, are from those without the adapter, with
+    gradient."""
 
 
 class Objective(nn.Module):
@@ -117,8 +126,12 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.config = config or LossConfig()
-        if self.config.divergence:
-            check_removable(model)
+        for field, weight in (
+            ("loss.divergence", self.config.divergence),
+            ("loss.unlikelihood.divergence", self.config.unlikelihood.divergence),
+        ):
+            if weight:
+                check_removable(model, field)
         # kept out of the module's children: they are the model's own
         self._parts = [split_head(model)]
         self._sight = [sight]
@@ -140,7 +153,10 @@ class Objective(nn.Module):
             assert batch.weights is not None
             repeated = batch.weights.flatten() > 0
             loss, count = sequence_unlikelihood(states, head, targets, repeated, parameters)
-            return Terms(loss, zero, count, zero, zero, zero)
+            distance = zero
+            if self.config.unlikelihood.divergence:
+                distance = self._diverge(batch, states, targets.masked_fill(repeated, IGNORE), None)
+            return Terms(loss, zero, count, zero, zero, distance)
         weights = None if batch.weights is None else batch.weights.flatten()
         contrastive = distance = zero
         if self.training and self.config.contrastive.weight:

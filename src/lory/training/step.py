@@ -71,12 +71,14 @@ def train_step(
         contrastive=config.contrastive.weight * ranks / documents,
         sequence=config.unlikelihood.sequence * ranks / continued,
         divergence=config.divergence * ranks / weight,
+        continued_divergence=config.unlikelihood.divergence * ranks / continued,
     )
     with attention_for(module.model, batches[0]):
         sums = _accumulate(objective, batches, factors, accelerator, draw)
-    loss_sum, sequence, correct, unlikelihood, contrastive, divergence = accelerator.reduce(sums, "sum").tolist()
+    shown = accelerator.reduce(sums, "sum").tolist()
+    loss_sum, correct, unlikelihood, contrastive, divergence, sequence, departure = shown
     grad_norm = _clip(objective, max_grad_norm)
-    if torch.isfinite(torch.tensor([loss_sum, sequence, contrastive, divergence, grad_norm])).all():
+    if torch.isfinite(torch.tensor([*shown, grad_norm])).all():
         optimizer.step()
         schedule.step()
     optimizer.zero_grad(set_to_none=True)
@@ -85,6 +87,7 @@ def train_step(
         "sequence_unlikelihood": sequence / continued if any(batch.continues for batch in batches) else None,
         "contrastive": contrastive / documents if config.contrastive.weight else None,
         "divergence": divergence / weight if config.divergence else None,
+        "continued_divergence": departure / continued if config.unlikelihood.divergence else None,
     }
     return StepResult(
         loss=loss_sum / weight,
@@ -103,6 +106,7 @@ class _Factors(NamedTuple):
     contrastive: float
     sequence: float
     divergence: float
+    continued_divergence: float
 
 
 def _accumulate(
@@ -112,21 +116,23 @@ def _accumulate(
     accelerator: Accelerator,
     draw: torch.Generator | None,
 ) -> Tensor:
-    """Add up the gradients of this rank's micro-batches; (6) likelihood, continuations' loss and the other terms."""
-    sums = torch.zeros(6, dtype=torch.float64, device=accelerator.device)
+    """Add up the gradients of this rank's micro-batches; (7) all terms, the continuations' two at the end."""
+    sums = torch.zeros(7, dtype=torch.float64, device=accelerator.device)
     for number, batch in enumerate(batches):
         last = number == len(batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(objective):
             terms: Terms = objective(batch.to(accelerator.device), draw)
             if batch.continues:
-                loss = terms.loss * factors.sequence
+                loss = terms.loss * factors.sequence + terms.divergence * factors.continued_divergence
             else:
                 loss = terms.loss * factors.likelihood + terms.contrastive * factors.contrastive
                 loss = loss + terms.divergence * factors.divergence
             accelerator.backward(loss)
-        parts = [0.0 * terms.loss, terms.loss] if batch.continues else [terms.loss, 0.0 * terms.loss]
-        shown = [*parts, terms.correct, terms.unlikelihood, terms.contrastive, terms.divergence]
-        sums += torch.stack([value.detach().double() for value in shown])
+        zero = torch.zeros(())
+        ours = [terms.loss, terms.correct, terms.unlikelihood, terms.contrastive, terms.divergence]
+        continued = [terms.loss, terms.divergence]
+        shown = [zero] * 5 + continued if batch.continues else ours + [zero] * 2
+        sums += torch.stack([value.detach().double().to(sums.device) for value in shown])
     return sums
 
 
