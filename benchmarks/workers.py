@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -114,9 +115,9 @@ class Worker:
     """A trainer in a process of its own, which can be used as a context."""
 
     def __init__(self, peer: str, python: str, job: Path, threads: int) -> None:
-        # spinning threads would take the core from the process whose turn it is
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        environment["HF_HUB_OFFLINE"] = "1"
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        # waiting passively makes two threads little faster than one
+        environment.pop("OMP_WAIT_POLICY", None)
         module, *options = COMMANDS[peer]
         self.peer = peer
         self.process = subprocess.Popen(
@@ -131,15 +132,24 @@ class Worker:
 
     def start(self) -> float:
         """Wait until it is ready; returns its peak memory up to now."""
-        return self._read()["peak_bytes"]
+        peak = self._read()["peak_bytes"]
+        self._pause()
+        return peak
 
     def step(self) -> dict[str, float]:
         """Have it take a step; returns seconds, cpu_seconds, tokens, supervised, loss and peak_bytes."""
         assert self.process.stdin
+        self.process.send_signal(signal.SIGCONT)
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         self.steps.append(self._read())
+        self._pause()
         return self.steps[-1]
+
+    def _pause(self) -> None:
+        """Stop it until its next turn: threads that spin would take the core from the process whose turn it is."""
+        self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def _read(self) -> dict[str, float]:
         assert self.process.stdout

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from benchmarks import cuda, curves, memory, report
+from benchmarks import cuda, curves, memory, report, workers
 from benchmarks.peers.random_models import IGNORE, draw_steps
 from benchmarks.workers import cut_rows, join_samples
 
@@ -38,6 +39,27 @@ def test_a_line_through_peaks_tells_the_bytes_of_a_token() -> None:
     assert line["bytes_a_token"] == pytest.approx(3)
     assert line["bytes_at_zero"] == pytest.approx(1000)
     assert line["off_the_line"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_trainer_stands_still_between_its_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a peer that says how often it was asked, and would like to spin
+    (tmp_path / "spinner.py").write_text(
+        "import sys\nprint('@{\"peak_bytes\": 7}', flush=True)\n"
+        "for turn, _ in enumerate(sys.stdin):\n    print(f'@{{\"turn\": {turn}}}', flush=True)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    monkeypatch.setitem(workers.COMMANDS, "spinner", ["spinner"])
+    with workers.Worker("spinner", sys.executable, tmp_path, threads=2) as worker:
+        assert worker.start() == 7
+        process = psutil.Process(worker.process.pid)
+        for turn in range(2):
+            assert process.status() == psutil.STATUS_STOPPED
+            assert worker.step() == {"turn": turn}
+        environment = process.environ()
+    assert environment["OMP_NUM_THREADS"] == "2"
+    assert "OMP_WAIT_POLICY" not in environment
+    assert worker.process.poll() is not None
 
 
 def make_run(threads: int, *peers: str) -> dict[str, Any]:

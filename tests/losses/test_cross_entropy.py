@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lory.losses.cross_entropy import ACCELERATOR_CHUNK_TOKENS, CHUNK_TOKENS, choose_chunk, cross_entropy
+from lory.losses.cross_entropy import ACCELERATOR_CHUNK_TOKENS, CHUNK_TOKENS, choose_chunk, cross_entropy, split_evenly
 from lory.types import IGNORE
 
 WIDTH, VOCABULARY = 7, 31
@@ -141,3 +141,7 @@ def test_a_chunk_suits_the_device_unless_its_size_is_given() -> None:
     sizes = [choose_chunk(torch.empty(1, device=device), None) for device in ("cpu", "meta")]
     assert sizes == [CHUNK_TOKENS, ACCELERATOR_CHUNK_TOKENS]
     assert choose_chunk(torch.empty(1), 7) == 7
+
+
+def test_chunks_are_of_equal_size() -> None:
+    assert [split_evenly(positions, 128) for positions in (0, 1, 128, 129, 256, 531)] == [1, 1, 128, 65, 128, 107]

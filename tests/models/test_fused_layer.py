@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lory.adapters.inject import AdapterConfig, attach_lora
-from lory.models import fused_attention
+from lory.models import fused_attention, fused_layer
 from lory.models.attention import document_arguments, documents_apart
 from lory.models.fused_body import FusedLayers, fused_layers
 from lory.models.kernels import CompiledKernels
@@ -132,6 +132,29 @@ def test_any_subset_of_projections_may_be_adapted(random_model: Callable[..., An
     model = prepare(random_model("Llama", **ODD), **settings)
     ids = draw(int(LENGTHS.sum()))
     assert_alike(model, fuse(model)(ids, LENGTHS), run_ordinarily(model, ids), 1e-10)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"targets": ["v_proj"]}, {"targets": ["down_proj", "up_proj"], "layers": [0]}]
+)
+@pytest.mark.parametrize("tokens", [100, 131, 1000])
+def test_the_mlp_may_take_the_tokens_in_parts(
+    monkeypatch: pytest.MonkeyPatch, random_model: Callable[..., Any], settings: dict[str, Any], tokens: int
+) -> None:
+    monkeypatch.setattr(fused_layer, "PART_TOKENS", tokens)
+    model = prepare(random_model("Llama", **ODD), **settings)
+    ids = draw(int(LENGTHS.sum()))
+    assert_alike(model, fuse(model)(ids, LENGTHS), run_ordinarily(model, ids), 1e-10)
+
+
+def test_parts_of_a_cpus_mlp_are_of_about_the_same_size() -> None:
+    layer = fused_layer.Layer((fused_layer.Projection(torch.ones(1), None, None),) * 7, *[None] * 5)  # type: ignore[arg-type]
+    size = fused_layer.PART_TOKENS
+    parts = layer.parts(torch.empty(3 * size + 10, 1))
+    lengths = [part.stop - part.start for part in parts]
+    assert len(parts) == 3
+    assert max(lengths) == size + 4
+    assert layer.parts(torch.empty(0, 1)) == layer.parts(torch.empty(3 * size, 1, device="meta")) == [slice(None)]
 
 
 @pytest.mark.parametrize("rank_pattern", [{}, {"q_proj": 2}])

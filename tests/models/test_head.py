@@ -69,3 +69,21 @@ def test_a_model_that_changes_its_logits_afterwards_is_refused(random_model: Cal
 def test_a_model_without_a_head_is_refused(random_model: Callable[..., Any]) -> None:
     with pytest.raises(UsageError, match="LlamaModel has no separate output head"):
         split_head(random_model("Llama").model)
+
+
+def test_a_heads_gradient_is_the_models_own_whatever_is_put_on_it(random_model: Callable[..., Any]) -> None:
+    model = random_model("Granite", logits_scaling=5.0)
+    _, head = split_head(model)
+    grad = torch.randn(3, model.config.vocab_size, generator=torch.Generator().manual_seed(0))
+    states = torch.randn(3, model.config.hidden_size, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    weight = head.linear.weight
+    expected = [grad @ weight.detach() / 5, grad.t() @ states.detach() / 5]
+    # trained: by autograd; frozen: by our own product; with a hook: by the module, so that the hook sees it
+    found = torch.autograd.grad(head(states), [states, weight], grad)
+    torch.testing.assert_close(found, tuple(expected), rtol=1e-5, atol=1e-6)
+    weight.requires_grad = False
+    torch.testing.assert_close(torch.autograd.grad(head(states), states, grad)[0], expected[0], rtol=1e-5, atol=1e-6)
+    seen: list[int] = []
+    head.linear.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(torch.autograd.grad(head(states), states, grad)[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert seen == [1]

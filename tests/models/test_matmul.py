@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lory.models import matmul
-from lory.models.matmul import choose_fp32_matmul
+from lory.models.matmul import choose_fp32_matmul, multiply_wide
 
 CPU = torch.device("cpu")
 
@@ -55,3 +55,15 @@ def test_other_devices_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "_measure_error", lambda: pytest.fail("measured"))
     assert "default" in choose_fp32_matmul(torch.device("cuda"))
     assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+
+
+@pytest.mark.parametrize("inner", [1, 4, 7, 100])
+def test_a_wide_products_gradient_is_made_in_parts(monkeypatch: pytest.MonkeyPatch, inner: int) -> None:
+    monkeypatch.setattr(matmul, "_INNER", inner)
+    generator = torch.Generator().manual_seed(2)
+    x, weight, grad = (torch.randn(*s, generator=generator, dtype=torch.float64) for s in ((3, 5), (20, 5), (3, 20)))
+    x.requires_grad_()
+    y = multiply_wide(x, weight)
+    torch.testing.assert_close(y, x @ weight.t())
+    (found,) = torch.autograd.grad(y, x, grad)
+    torch.testing.assert_close(found, grad @ weight)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lory.losses.cross_entropy import Head, choose_chunk
+from lory.losses.cross_entropy import Head, choose_chunk, split_evenly
 
 Score = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
 """(n, V) log-probabilities, which it may overwrite, the chunk's place among the positions, and whether a gradient is
@@ -33,7 +33,7 @@ def score_chunks(
     """
     # inside of the function gradients are always off, so it cannot tell an evaluation itself
     trainable = [parameter for parameter in parameters if parameter.requires_grad and torch.is_grad_enabled()]
-    size = choose_chunk(hidden, chunk_tokens)
+    size = split_evenly(len(hidden), choose_chunk(hidden, chunk_tokens))
     result: tuple[Tensor, Tensor] = _ChunkedScore.apply(hidden, head, score, sums, size, *trainable)
     return result
 

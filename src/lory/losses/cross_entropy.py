@@ -62,7 +62,7 @@ def cross_entropy(
     trainable = [parameter for parameter in parameters if parameter.requires_grad and torch.is_grad_enabled()]
     counts = None if weights is None else weights[learnt]
     loss, correct = _ChunkedCrossEntropy.apply(
-        chosen, targets, counts, head, choose_chunk(hidden, chunk_tokens), *trainable
+        chosen, targets, counts, head, split_evenly(len(chosen), choose_chunk(hidden, chunk_tokens)), *trainable
     )
     return LossSum(loss, correct, learnt.sum() if counts is None else counts.sum())
 
@@ -70,6 +70,12 @@ def cross_entropy(
 def choose_chunk(hidden: Tensor, chunk_tokens: int | None) -> int:
     """How many positions' logits exist at a time."""
     return chunk_tokens or (CHUNK_TOKENS if hidden.device.type == "cpu" else ACCELERATOR_CHUNK_TOKENS)
+
+
+def split_evenly(positions: int, most: int) -> int:
+    """The size of equal chunks of at most so many positions: a few left over cost nearly as much as a whole chunk, for
+    the head is read for them, too."""
+    return max(1, -(-positions // max(1, -(-positions // most))))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

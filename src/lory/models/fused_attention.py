@@ -9,13 +9,13 @@ Shapes: T tokens, N heads, G heads of keys and values, D numbers of a head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import itertools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from lory.models.varlen import Spans, attend_spans
 
@@ -38,10 +38,12 @@ class Seen(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Queries of one document and the keys that they see."""
+    """Queries of one document, `length` from `first` on, and the keys that they see, `width` from `oldest` on."""
 
-    queries: slice
-    keys: slice
+    first: int
+    length: int
+    oldest: int
+    width: int
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
@@ -49,10 +51,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     if seen.spans:
         return attend_spans(q, k, v, seen.spans, seen.scaling, seen.window)
     out = torch.empty_like(q)
-    for blocks in _cut_documents(seen):
-        for block in blocks:
-            weights = _weigh(_group(q, block.queries, k.shape[1]), k, block, seen)
-            _ungroup(weights @ _by_head(v, block.keys), out, block.queries)
+    groups = k.shape[1]
+    q, k, v, places = _by_group(q, groups), k.transpose(0, 1), v.transpose(0, 1), _by_group(out, groups)
+    for block in _cut_documents(seen.borders, seen.window, BLOCK_TOKENS, WHOLE_TOKENS):
+        weights = _weigh(_take(q, block), _see(k, block), block, seen)
+        _put(torch.bmm(weights, _see(v, block)), places, block)
     return out
 
 
@@ -60,17 +63,19 @@ def attend_back(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> tu
     """The gradients of `attend` in blocks to q, k and v; `grad` is (T, N, D)."""
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     groups = k.shape[1]
-    for blocks in _cut_documents(seen):
-        for block in blocks:
-            queries, arriving = _group(q, block.queries, groups), _group(grad, block.queries, groups)
-            keys, values = _by_head(k, block.keys), _by_head(v, block.keys)
-            weights = _weigh(queries, k, block, seen)
-            grad_scores = torch.ops.aten._softmax_backward_data(
-                arriving @ values.transpose(1, 2), weights, -1, weights.dtype
-            ).mul_(seen.scaling)
-            _ungroup(grad_scores @ keys, grad_q, block.queries)
-            grad_k[block.keys] += (grad_scores.transpose(1, 2) @ queries).transpose(0, 1)
-            grad_v[block.keys] += (weights.transpose(1, 2) @ arriving).transpose(0, 1)
+    q, grad, places = (_by_group(x, groups) for x in (q, grad, grad_q))
+    k, v, sum_k, sum_v = (x.transpose(0, 1) for x in (k, v, grad_k, grad_v))
+    unused = q.new_zeros(())
+    for block in _cut_documents(seen.borders, seen.window, BLOCK_TOKENS, WHOLE_TOKENS):
+        queries, arriving, keys, values = _take(q, block), _take(grad, block), _see(k, block), _see(v, block)
+        weights = _weigh(queries, keys, block, seen)
+        grad_scores = torch.ops.aten._softmax_backward_data(
+            torch.bmm(arriving, values.transpose(1, 2)), weights, -1, weights.dtype
+        )
+        _put(torch.baddbmm(unused, grad_scores, keys, beta=0, alpha=seen.scaling), places, block)
+        part = torch.baddbmm(unused, grad_scores.transpose(1, 2), queries, beta=0, alpha=seen.scaling)
+        sum_k.narrow(1, block.oldest, block.width).add_(part)
+        sum_v.narrow(1, block.oldest, block.width).add_(torch.bmm(weights.transpose(1, 2), arriving))
     return grad_q, grad_k, grad_v
 
 
@@ -90,54 +95,62 @@ class Attention(torch.autograd.Function):
         return *attend_back(grad.contiguous(), q, k, v, ctx.seen), None
 
 
-def _cut_documents(seen: Seen) -> Iterator[list[_Block]]:
-    """The blocks of each document; tokens are counted from the row's beginning."""
-    for start, end in zip(seen.borders[:-1], seen.borders[1:], strict=True):
-        step = BLOCK_TOKENS if end - start > WHOLE_TOKENS else WHOLE_TOKENS
-        blocks = []
+@functools.lru_cache(maxsize=16)
+def _cut_documents(borders: tuple[int, ...], window: int | None, tokens: int, whole: int) -> tuple[_Block, ...]:
+    """The blocks of all documents; tokens are counted from the row's beginning."""
+    blocks = []
+    for start, end in itertools.pairwise(borders):
+        step = tokens if end - start > whole else whole
         for first in range(start, end, step):
             last = min(first + step, end)
-            oldest = start if seen.window is None else max(start, first - seen.window + 1)
-            blocks.append(_Block(slice(first, last), slice(oldest, last)))
-        yield blocks
+            oldest = start if window is None else max(start, first - window + 1)
+            blocks.append(_Block(first, last - first, oldest, last - oldest))
+    return tuple(blocks)
 
 
-def _by_head(x: Tensor, tokens: slice) -> Tensor:
-    """(T, G, D) to (G, t, D)."""
-    return x[tokens].transpose(0, 1).contiguous()
+def _by_group(x: Tensor, groups: int) -> Tensor:
+    """A view of (T, N, D) as (G, T, N / G, D): by the keys that heads share."""
+    return x.view(len(x), groups, -1, x.shape[-1]).transpose(0, 1)
 
 
-def _group(x: Tensor, tokens: slice, groups: int) -> Tensor:
-    """(T, N, D) to (G, t * N / G, D): the heads that share keys stand below each other, token by token."""
-    part = x[tokens]
-    return part.view(len(part), groups, -1, part.shape[-1]).transpose(0, 1).reshape(groups, -1, part.shape[-1])
+def _take(x: Tensor, block: _Block) -> Tensor:
+    """The block's queries of (G, T, N / G, D) as (G, t * N / G, D), a head's row below the other's of its token."""
+    return x.narrow(1, block.first, block.length).reshape(len(x), -1, x.shape[-1])
 
 
-def _ungroup(part: Tensor, out: Tensor, tokens: slice) -> None:
-    """Write what `_group` would have taken from `out`."""
-    place = out[tokens]
-    groups, _, width = part.shape
-    view = place.view(len(place), groups, -1, width)
-    view.copy_(part.view(groups, len(place), -1, width).transpose(0, 1))
+def _put(part: Tensor, places: Tensor, block: _Block) -> None:
+    """Write what `_take` would have taken from `places`."""
+    places.narrow(1, block.first, block.length).copy_(part.view(len(part), block.length, -1, part.shape[-1]))
 
 
-def _weigh(queries: Tensor, k: Tensor, block: _Block, seen: Seen) -> Tensor:
+def _see(x: Tensor, block: _Block) -> Tensor:
+    """The block's keys of (G, T, D), in memory of their own: oneDNN's products take nothing else."""
+    return x.narrow(1, block.oldest, block.width).contiguous()
+
+
+def _weigh(queries: Tensor, keys: Tensor, block: _Block, seen: Seen) -> Tensor:
     """The probabilities (G, t * N / G, keys) of a block's queries (G, t * N / G, D)."""
-    scores = (queries * seen.scaling) @ _by_head(k, block.keys).transpose(1, 2)
-    length, width = block.queries.stop - block.queries.start, block.keys.stop - block.keys.start
-    spread = scores.view(len(scores), length, -1, width)
+    scores = torch.baddbmm(queries.new_zeros(()), queries, keys.transpose(1, 2), beta=0, alpha=seen.scaling)
+    _, length, _, width = block
+    shared = queries.shape[1] // length
     if seen.window is not None and width > seen.window:
-        spread.masked_fill_(_hidden(block, seen.window, scores.device)[:, None], -torch.inf)
+        scores.masked_fill_(_hidden(block, seen.window, scores.device).repeat_interleave(shared, 0), -torch.inf)
     elif length > 1:
         # only the block's own keys can lie ahead of a query
-        ahead = torch.full((length, length), -torch.inf, dtype=scores.dtype, device=scores.device).triu_(1)
-        spread[..., width - length :] += ahead[:, None]
+        scores.narrow(2, width - length, length).add_(_ahead(length, shared, scores.dtype, scores.device))
     precise = torch.promote_types(scores.dtype, torch.float32)
-    return F.softmax(scores, dim=-1, dtype=precise).to(scores.dtype)
+    return torch.softmax(scores, -1, precise).to(scores.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _ahead(length: int, shared: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(length * shared, length) minus infinity where a key lies ahead of a query, else zero."""
+    ahead = torch.full((length, length), -torch.inf, dtype=dtype, device=device).triu_(1)
+    return ahead.repeat_interleave(shared, 0)
 
 
 def _hidden(block: _Block, window: int, device: torch.device) -> Tensor:
     """(t, keys) true where a query must not look: ahead, or further back than the window."""
-    queries = torch.arange(block.queries.start, block.queries.stop, device=device)[:, None]
-    keys = torch.arange(block.keys.start, block.keys.stop, device=device)
+    queries = torch.arange(block.first, block.first + block.length, device=device)[:, None]
+    keys = torch.arange(block.oldest, block.oldest + block.width, device=device)
     return (keys > queries) | (queries - keys >= window)

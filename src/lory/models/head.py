@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lory.models.matmul import multiply_wide
 from lory.runtime import UsageError
 
 if TYPE_CHECKING:
@@ -24,12 +25,21 @@ class Head:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """(n, H) to (n, V)."""
-        logits: Tensor = self.linear(hidden)
+        logits: Tensor = multiply_wide(hidden, self.linear.weight) if self._is_plain(hidden) else self.linear(hidden)
         if self.multiplier != 1.0:
             logits = logits * self.multiplier
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
+
+    def _is_plain(self, hidden: Tensor) -> bool:
+        """Whether this is learning through a frozen weight on a CPU, with nothing around it."""
+        linear = self.linear
+        if type(linear) is not nn.Linear or linear.bias is not None or linear.weight.requires_grad:
+            return False
+        alike = hidden.is_cpu and hidden.ndim == 2 and hidden.dtype == linear.weight.dtype
+        watched = linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__
+        return alike and hidden.requires_grad and not watched and not torch.is_autocast_enabled("cpu")
 
 
 def split_head(model: PreTrainedModel) -> tuple[nn.Module, Head]:
