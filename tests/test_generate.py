@@ -196,6 +196,56 @@ def test_an_impossible_value_in_a_generation_config_is_named(random_model: Calla
         default_options(model)
 
 
+# Beam search
+
+
+@pytest.mark.parametrize("options", [{}, {"length_penalty": -3.0}, {"repetition_penalty": 1.5}])
+def test_beams_are_transformers(llama: Any, options: dict[str, Any]) -> None:
+    # which token ends answers is chosen so that some do end
+    ends = [generate_ids(llama, PROMPT, GenerationOptions(max_new_tokens=6, num_beams=3), (131,))[3]]
+    ours = GenerationOptions(max_new_tokens=14, num_beams=3, **options)
+    expected = generate(llama, max_new_tokens=14, num_beams=3, do_sample=False, eos_token_id=ends, **options)
+    steps = list(stream_steps(llama, [PROMPT], ours, ends))
+    kept = expected[: expected.index(ends[0]) + 1] if ends[0] in expected else expected
+    assert [step.tokens for step in steps] == [[token] for token in kept]
+    assert [step.finished for step in steps] == [False] * (len(kept) - 1) + [True]
+
+
+def test_beams_of_a_batch_are_those_of_each_prompt(llama: Any) -> None:
+    options, prompts = GenerationOptions(max_new_tokens=9, num_beams=4), [PROMPT, PROMPT[2:], [5, 6, 8, 9, 10, 11, 12]]
+    ends = [generate_ids(llama, PROMPT, options, (131,))[4]]
+    alone = [generate_ids(llama, prompt, options, ends) for prompt in prompts]
+    assert generate_batch(llama, prompts, options, ends) == alone
+    assert len({len(answer) for answer in alone}) > 1
+
+
+def test_several_beams_find_what_is_likelier(llama: Any) -> None:
+    def score(ids: list[int]) -> float:
+        with torch.no_grad():
+            log_probs = llama(torch.tensor([PROMPT + ids])).logits[0, len(PROMPT) - 1 : -1].log_softmax(-1)
+        return float(log_probs.gather(1, torch.tensor(ids)[:, None]).sum())
+
+    beams, greedy = (
+        generate_ids(llama, PROMPT, GenerationOptions(max_new_tokens=12, num_beams=n), (131,)) for n in (6, 1)
+    )
+    assert score(beams) > score(greedy)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"do_sample": True}, "a search draws nothing"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "choose one search"),
+        ({"on_loop": "stop"}, "takes no guard against loops"),
+    ],
+)
+def test_what_does_not_go_with_beams_is_refused(
+    llama: Any, tokenizer: Any, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        list(stream_text(llama, tokenizer, PROMPT, GenerationOptions(num_beams=3, **options), TERMINATORS))
+
+
 # Streams
 
 
@@ -332,7 +382,7 @@ def test_contrastive_search_streams_what_generate_gives(tiny_model: Path) -> Non
     assert (
         generate_ids(model, prompt, GenerationOptions(max_new_tokens=20, penalty_alpha=0.6, top_k=4), [2]) == expected
     )
-    with pytest.raises(UsageError, match="penalty_alpha and do_sample"):
+    with pytest.raises(UsageError, match="penalty_alpha. and do_sample"):
         generate_ids(model, prompt, options(penalty_alpha=0.6, do_sample=True), [2])
 
 

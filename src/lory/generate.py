@@ -60,6 +60,10 @@ class GenerationOptions(Section):
         description="Contrastive search over top_k candidates, and how much likeness to the text so far counts against "
         "them; 0.9 with top_k 4 is a good choice. null: none.",
     )
+    num_beams: int = Field(
+        1, ge=1, description="Beam search over so many beams, whose answer comes all at once; 1: none."
+    )
+    length_penalty: float = Field(1.0, description="Above 0 beam search prefers longer answers, below 0 shorter ones.")
     on_loop: OnLoop = Field(
         "off",
         description="What happens when an answer begins to go round in circles: off, report, stop, penalize (the loop "
@@ -89,7 +93,9 @@ def default_options(model: PreTrainedModel) -> GenerationOptions:
         UsageError: one of them cannot be, such as a temperature of 0.
     """
     own = model.generation_config.to_diff_dict() if model.generation_config else {}
-    values = {name: own[name] for name in GenerationOptions.model_fields if own.get(name) is not None}
+    # an answer that comes all at once is for those who ask for it
+    names = GenerationOptions.model_fields.keys() - {"num_beams", "length_penalty"}
+    values = {name: own[name] for name in names if own.get(name) is not None}
     return build(GenerationOptions, values, f"generation_config.json of {model.name_or_path}")
 
 
@@ -110,8 +116,10 @@ def generation_arguments(
         "pad_token_id": terminators[0],
         # a model's own generation_config.json must bring neither a second limit nor a search that cannot be streamed
         "max_length": None,
-        "num_beams": 1,
+        "num_beams": options.num_beams,
     }
+    if options.num_beams > 1:
+        arguments["length_penalty"] = options.length_penalty
     # given without do_sample, these only bring warnings
     drawing = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p", "typical_p")}
     return arguments | (drawing if options.do_sample else dict.fromkeys(drawing))
@@ -170,6 +178,7 @@ def stream_steps(
     Raises:
         UsageError: a prompt is empty, or leaves no room in the model's context.
     """
+    from lory.decoding.beam_search import beam_steps
     from lory.decoding.contrastive_search import contrastive_steps
     from lory.decoding.loop import decode_steps
     from lory.models.lean import find_decoder
@@ -192,15 +201,30 @@ def stream_steps(
     inputs |= {name: _place(value, model) for name, value in join_inputs(given).items()}
     if processors := _own_processors(options, inputs["input_ids"].shape[1]):
         arguments["logits_processor"] = processors
+    search = _find_search(options)
+    if search and any(prompt.inputs for prompt in given):
+        raise UsageError(f"{search} is for texts; leave it out where there are images.")
+    if search and (watch is not None or logprobs is not None):
+        raise UsageError(f"{search} takes no guard against loops (set on_loop to off) and gives no log-probabilities.")
+    if options.num_beams > 1:
+        return beam_steps(model, inputs, arguments)
     if options.penalty_alpha is not None:
-        if options.do_sample:
-            raise UsageError("Both penalty_alpha and do_sample were given; contrastive search draws nothing.")
-        if any(prompt.inputs for prompt in given):
-            raise UsageError("Contrastive search (penalty_alpha) is for texts; leave it out where there are images.")
-        if watch is not None:
-            raise UsageError("Contrastive search takes no guard against loops; set on_loop to off.")
         return contrastive_steps(model, inputs, arguments, options.penalty_alpha, options.top_k, find_decoder(model))
     return decode_steps(model, inputs, arguments, generator, watch, logprobs, find_decoder(model))
+
+
+def _find_search(options: GenerationOptions) -> str:
+    """What is searched for rather than taken or drawn token by token, if anything is."""
+    found = {
+        "Contrastive search (penalty_alpha)": options.penalty_alpha is not None,
+        "Beam search (num_beams)": options.num_beams > 1,
+    }
+    searches = [name for name, is_set in found.items() if is_set]
+    if len(searches) > 1:
+        raise UsageError("Both penalty_alpha and num_beams were given; choose one search.")
+    if searches and options.do_sample:
+        raise UsageError(f"{searches[0]} and do_sample were given; a search draws nothing.")
+    return searches[0] if searches else ""
 
 
 def _place(value: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
