@@ -382,7 +382,7 @@ def test_contrastive_search_streams_what_generate_gives(tiny_model: Path) -> Non
     assert (
         generate_ids(model, prompt, GenerationOptions(max_new_tokens=20, penalty_alpha=0.6, top_k=4), [2]) == expected
     )
-    with pytest.raises(UsageError, match="penalty_alpha. and do_sample"):
+    with pytest.raises(UsageError, match=r"penalty_alpha\) and do_sample"):
         generate_ids(model, prompt, options(penalty_alpha=0.6, do_sample=True), [2])
 
 
