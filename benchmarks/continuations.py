@@ -5,7 +5,8 @@
 Prefixes of 50 tokens are continued by 100, cut as `lory eval --greedy-continuation 50:100` does (whose -n draws the
 texts in another order); no continuation may end before. A row is the mean over the continuations; uniq-seq counts over
 all of them. What is drawn at random is drawn with the seed 0. Beam search (4 beams) and contrastive search go through
-transformers' `generate`, the latter as its custom function; the others decode as lory does.
+transformers' `generate`, the latter as its custom function, since lory's own take no watcher, which would keep them
+from ending early; the others decode as lory does.
 """
 
 from __future__ import annotations

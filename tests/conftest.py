@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tests.sizes import TINY
 
 from lory.runtime import cache_folder
 
@@ -73,22 +74,8 @@ def make_llama(folder: Path, seed: int = 0, **changes: object) -> None:
     """A random Llama with grouped-query attention and odd sizes, saved in HF's format with a tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    settings = {
-        "vocab_size": 320,
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 6,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": False,
-        "eos_token_id": 2,
-        "bos_token_id": 1,
-        "pad_token_id": 0,
-    }
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+    model = LlamaForCausalLM(LlamaConfig(**(TINY | changes)))
     # transformers' own start is too small for differences to show
     for parameter in model.parameters():
         if parameter.ndim > 1:

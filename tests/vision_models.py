@@ -8,21 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tests.sizes import TINY
 
-TEXT = {
-    "vocab_size": 340,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 6,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
+TEXT = TINY | {"vocab_size": 340}
 MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 _PART = "{% if part['type'] == 'image' %}{{ IMAGE }}{% else %}{{ part['text'] }}{% endif %}"
 TEMPLATE = (
@@ -101,6 +89,15 @@ def save_qwen(folder: Path, family: str, vision: dict[str, Any], **text: Any) ->
 
 
 _TOWER = {"hidden_size": 16, "out_hidden_size": 24, "intermediate_size": 32}
+# of towers whose settings are called as CLIP's are
+_CLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
 
 
 def make_qwen2_vl(folder: Path, **changes: Any) -> None:
@@ -165,16 +162,7 @@ def make_llava(folder: Path) -> None:
     tokenizer = make_tokenizer(folder, ("<image>",), "<image>")
     config = hf.LlavaConfig(
         text_config=TEXT | {"model_type": "llama"},
-        vision_config={
-            "model_type": "clip_vision_model",
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 16,
-            "patch_size": 4,
-            "projection_dim": 16,
-        },
+        vision_config=_CLIP | {"model_type": "clip_vision_model", "projection_dim": 16},
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=16,
         tie_word_embeddings=False,
@@ -203,14 +191,7 @@ def make_internvl(folder: Path) -> None:
     tokenizer = make_tokenizer(folder, tuple(names.values()), "<IMG_CONTEXT>\\n", extra_special_tokens=names)
     config = hf.InternVLConfig(
         text_config=TEXT | {"model_type": "qwen2"},
-        vision_config={
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": [16, 16],
-            "patch_size": [4, 4],
-        },
+        vision_config=_CLIP | {"image_size": [16, 16], "patch_size": [4, 4]},
         image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_seq_length=4,
         tie_word_embeddings=False,
@@ -239,14 +220,7 @@ def make_smolvlm(folder: Path) -> None:
     tokenizer = make_tokenizer(folder, marks, "<image>")
     config = hf.SmolVLMConfig(
         text_config=TEXT | {"model_type": "llama"},
-        vision_config={
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 16,
-            "patch_size": 4,
-        },
+        vision_config=dict(_CLIP),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         scale_factor=2,
         tie_word_embeddings=False,
@@ -274,14 +248,7 @@ def make_gemma3(folder: Path) -> None:
     ids = {name: tokenizer.convert_tokens_to_ids(mark) for name, mark in names.items()}
     config = hf.Gemma3Config(
         text_config=TEXT,
-        vision_config={
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "image_size": 16,
-            "patch_size": 4,
-        },
+        vision_config=dict(_CLIP),
         mm_tokens_per_image=4,
         boi_token_index=ids["boi_token"],
         eoi_token_index=ids["eoi_token"],

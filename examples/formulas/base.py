@@ -29,7 +29,7 @@ VISION = ("<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
 UNKNOWN = "<unk>"
 PIECE = r"\\[A-Za-z]+|\\.|[\s\S]"
 # a space belongs to what follows it: half as many tokens as with spaces by themselves, and the token before the next
-# one is a symbol, by which the model finds its place in the picture
+# one is a symbol, which should help the model to find its place in the picture
 TOKEN = r" ?(?:\\[A-Za-z]+|\\.|\S)|\s"
 
 TEMPLATE = (
