@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import pytest
 import lory
 from lory.assistant import Assistant
 from lory.data.encoding.encode import Encoder, OnLong
+from lory.data.encoding.pictures import ImageRules
 from lory.data.encoding.store import Encoded
 from lory.data.encoding.templates import render_prompt, render_turn, tokenize
 from lory.data.sources.read import SourceConfig, read_source
@@ -381,6 +383,29 @@ def test_a_conversation_without_an_answer_is_counted(chat_tokenizer: ChatTokeniz
 def test_a_refusal_of_the_template_names_the_record(chat_tokenizer: ChatTokenizer) -> None:
     with pytest.raises(UsageError, match=r"^a.jsonl line 7: The model's chat template refuses .* system, user: No"):
         Encoder(*chat_tokenizer("gemma"), 512).encode(conversation(SINGLE, SYSTEM))
+
+
+def test_what_the_template_refuses_is_left_out_where_bad_records_are(
+    chat_tokenizer: ChatTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = [conversation(SINGLE), conversation(SINGLE, SYSTEM), conversation(SINGLE)]
+    encoder = Encoder(*chat_tokenizer("gemma"), 512, rules=ImageRules(on_bad="drop"))
+    kept, refused, again = encoder.encode_all(given)
+    assert kept == again == Encoder(*chat_tokenizer("gemma"), 512).encode(conversation(SINGLE))
+    assert kept.samples
+    assert not refused.samples
+    assert refused.dropped.startswith("malformed: The model's chat template refuses a conversation of system, user")
+    assert "a.jsonl line 7: left out: The model's chat template refuses" in caplog.text
+    assert len(encoder.notes) == 1
+
+
+def test_without_a_template_nothing_is_left_out_in_silence(chat_tokenizer: ChatTokenizer) -> None:
+    tokenizer, terminators = chat_tokenizer("smollm2")
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    encoder = Encoder(bare, terminators, 512, rules=ImageRules(on_bad="drop"))
+    with pytest.raises(UsageError, match=r"^a.jsonl line 7: The tokenizer of .*, so it cannot render messages"):
+        encoder.encode_all([conversation(SINGLE)])
 
 
 # Plain text

@@ -85,7 +85,29 @@ class Encoder:
         if reader is not None and any(_speaks_of_images(conversation, reader.mark) for conversation in conversations):
             # one by one, since the images of many take much memory
             return [self._encode_seeing(conversation, reader) for conversation in conversations]
-        return self._encode_batch(conversations)
+        try:
+            return self._encode_batch(conversations)
+        except RefusedTurn as error:
+            if not self._drops_refused:
+                with _naming(conversations[error.index]):
+                    raise
+        return [self._encode_unless_refused(conversation) for conversation in conversations]
+
+    @property
+    def _drops_refused(self) -> bool:
+        """Whether what the chat template refuses is left out; without a template that would be everything."""
+        return self.rules.on_bad == "drop" and bool(self.tokenizer.chat_template)
+
+    def _encode_unless_refused(self, conversation: Conversation) -> Encoded:
+        try:
+            return self._encode_batch([conversation])[0]
+        except RefusedTurn as error:
+            return self._leave_out(conversation, error)
+
+    def _leave_out(self, conversation: Conversation, error: BadImage | RefusedTurn, path: str = "") -> Encoded:
+        log.warning("%s: left out: %s", conversation.where or "A conversation", error)
+        self.notes[f"left out {conversation.where}: {error}"] += 1
+        return Encoded((), f"malformed: {error.reason}", path)
 
     def _encode_seeing(self, conversation: Conversation, reader: ImageReader) -> Encoded:
         """The samples of a conversation that may have images, which are opened here."""
@@ -99,9 +121,12 @@ class Encoder:
             with _naming(conversation):
                 if self.rules.on_bad == "error":
                     raise UsageError(str(error)) from error
-            log.warning("%s: left out: %s", conversation.where or "A conversation", error)
-            self.notes[f"left out {conversation.where}: {error}"] += 1
-            return Encoded((), f"malformed: {error.reason}", error.path)
+            return self._leave_out(conversation, error, error.path)
+        except RefusedTurn as error:
+            if not self._drops_refused:
+                with _naming(conversation):
+                    raise
+            return self._leave_out(conversation, error)
 
     def _shrink(self, conversation: Conversation, pictures: Pictures) -> None:
         """Make the images smaller until the longest turn fits, as far as that goes."""
@@ -130,7 +155,11 @@ class Encoder:
     def _render(
         self, conversations: Sequence[Conversation], turns: list[tuple[int, int]], pictures: Pictures | None
     ) -> dict[tuple[int, int], tuple[list[int], list[int]]]:
-        """Prompt and answer of each turn, by the numbers of its conversation and message."""
+        """Prompt and answer of each turn, by the numbers of its conversation and message.
+
+        Raises:
+            RefusedTurn: with the number of the conversation in place of the turn's.
+        """
         chats = [conversations[number].messages[: turn + 1] for number, turn in turns]
         tools = [conversations[number].tools for number, _ in turns]
         reader = self.reader
@@ -148,8 +177,7 @@ class Encoder:
         try:
             rendered = render_turns(self.tokenizer, chats, self.terminators, tools, finish)
         except RefusedTurn as error:
-            with _naming(conversations[turns[error.index][0]]):
-                raise
+            raise RefusedTurn(str(error), turns[error.index][0]) from error
         return dict(zip(turns, rendered, strict=True))
 
     def _find_turns(self, conversation: Conversation) -> list[int]:

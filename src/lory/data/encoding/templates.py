@@ -25,6 +25,7 @@ NO_TEMPLATE = "has no chat template"
 """What the error says of a tokenizer that messages cannot be rendered with."""
 
 _FEW_TEXTS = 16
+_NUMBER = re.compile(r"\d+")
 _NO_CALLS = (
     "The model's chat template leaves out the call of '{}'; take a template that writes tool calls, such as hermes."
 )
@@ -36,6 +37,11 @@ class RefusedTurn(UsageError):
     def __init__(self, reason: str, index: int = 0) -> None:
         super().__init__(reason)
         self.index = index
+
+    @property
+    def reason(self) -> str:
+        """The problem without numbers, so that like ones can be counted."""
+        return _NUMBER.sub("#", str(self)).rstrip(".")[:160]
 
 
 def render_text(

@@ -74,7 +74,9 @@ class SourceConfig(Section):
         default_factory=dict, description="{name that the format expects: name in the file}, where they differ"
     )
     on_bad: Literal["error", "drop"] = Field(
-        "error", description="what happens to a malformed record: error, or drop, which counts them by reason"
+        "error",
+        description="what happens to a malformed record, or one that the chat template refuses: error, or drop, which "
+        "counts them by reason",
     )
     max_bytes: int = Field(
         MAX_BYTES, ge=1, description="the most that one file may have, unpacked or downloaded; a guard against bombs"
