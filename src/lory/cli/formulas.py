@@ -23,6 +23,7 @@ class FormulaStyle(str, Enum):
     """How pictures look."""
 
     print = "print"
+    typeset = "typeset"
     handwriting = "handwriting"
 
 

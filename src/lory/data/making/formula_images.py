@@ -21,7 +21,7 @@ from PIL import Image, ImageFilter
 
 from lory.data.making.formula_grammar import Formula, join_tokens
 
-Style = Literal["print", "handwriting"]
+Style = Literal["print", "typeset", "handwriting"]
 STYLES: tuple[Style, ...] = get_args(Style)
 FONTS = ("dejavusans", "dejavuserif", "cm", "stix", "stixsans")
 
@@ -48,8 +48,6 @@ _LINE_POINTS = 24
 _BAR = 6
 """How many times as tall as wide a bar is at least."""
 _WAVES = 6
-_CLEAN = 0.4
-"""Share of pictures on white paper without noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +66,11 @@ class Look:
     """Standard deviation in grey levels."""
     turn: float
     """Degrees."""
+    fonts: tuple[str, ...] = FONTS
+    margin: Range = (0.15, 0.7)
+    """Around the formula, on each side by itself, in em."""
+    clean: float = 0.4
+    """Share of pictures on white paper without noise."""
     slant: float = 0
     """Shift in em for each em upwards."""
     bend: float = 0
@@ -84,6 +87,18 @@ class Look:
 
 LOOKS: dict[Style, Look] = {
     "print": Look(size=(18, 36), bold=(0, 0.03), ink=(0, 60), blur=(0, 0.7), noise=(0, 8), turn=0.6),
+    # as in im2latex, whose pictures all come out of one LaTeX
+    "typeset": Look(
+        size=(24, 24),
+        bold=(0, 0),
+        ink=(0, 0),
+        blur=(0, 0),
+        noise=(0, 0),
+        turn=0,
+        fonts=("cm",),
+        margin=(0.25, 0.25),
+        clean=1,
+    ),
     "handwriting": Look(
         size=(22, 40),
         bold=(0.005, 0.045),
@@ -107,11 +122,11 @@ def render(formula: Formula, style: Style, rng: np.random.Generator) -> bytes:
     The same state of `rng` gives the same picture, as long as matplotlib, Pillow and numpy stay the same.
     """
     look = LOOKS[style]
-    symbols = lay_out(formula, FONTS[rng.integers(len(FONTS))])
+    symbols = lay_out(formula, look.fonts[rng.integers(len(look.fonts))])
     size = rng.uniform(*look.size)
     symbols = _distort(symbols, look, rng)
     bold = np.maximum(rng.uniform(*look.bold) + look.symbol_bold * rng.standard_normal(len(symbols)), 0)
-    ink = _draw(symbols, size, bold * size, rng)
+    ink = _draw(symbols, size, bold * size, look.margin, rng)
     return _print(ink, look, rng)
 
 
@@ -210,14 +225,15 @@ def _wave(points: Points, rng: np.random.Generator) -> Points:
     )
 
 
-def _draw(symbols: list[Symbol], size: float, bold: Points, rng: np.random.Generator) -> Pixels:
+def _draw(symbols: list[Symbol], size: float, bold: Points, margin: Range, rng: np.random.Generator) -> Pixels:
     """How much of each pixel is ink, [H, W], with a margin around the formula.
 
     Args:
         size: pixels of an em.
         bold: width of the line around each symbol, in pixels.
+        margin: in em.
     """
-    margins = rng.uniform(0.15, 0.7, (2, 2)) * size
+    margins = rng.uniform(*margin, (2, 2)) * size
     points = np.concatenate([symbol.points for symbol in symbols]) * size
     low, high = points.min(axis=0) - margins[0], points.max(axis=0) + margins[1]
     width, height = np.ceil(high - low).astype(int)
@@ -234,7 +250,7 @@ def _draw(symbols: list[Symbol], size: float, bold: Points, rng: np.random.Gener
 def _print(ink: Pixels, look: Look, rng: np.random.Generator) -> bytes:
     """Ink on paper as a PNG."""
     level = rng.uniform(*look.ink)
-    clean = rng.random() < _CLEAN
+    clean = rng.random() < look.clean
     paper = 255.0 if clean else rng.uniform(level + 170, 255)
     blurred = Image.fromarray(ink).filter(ImageFilter.GaussianBlur(rng.uniform(*look.blur)))
     grey = paper + (level - paper) / 255 * np.asarray(blurred, dtype=np.float32)
