@@ -168,7 +168,7 @@ def test_ids_beyond_the_vocabulary_are_never_candidates() -> None:
 def test_gradcheck_through_a_capped_head(chunk_tokens: int) -> None:
     hidden, head, labels, input_ids = draw([3, 8])
 
-    def both(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    def both(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         def capped(states: Tensor) -> Tensor:
             return 3.0 * torch.tanh(F.linear(states, weight, bias) / 3.0)
 
@@ -178,7 +178,8 @@ def test_gradcheck_through_a_capped_head(chunk_tokens: int) -> None:
         )
         repeated = torch.arange(11) % 3 > 0
         sequence, _ = sequence_unlikelihood(hidden, capped, labels, repeated, [weight, bias], chunk_tokens)
-        return token.loss, sequence
+        near, _ = sequence_unlikelihood(hidden, capped, labels, repeated, [weight, bias], chunk_tokens, rivals=2)
+        return token.loss, sequence, near
 
     assert torch.autograd.gradcheck(both, (hidden, head.weight, head.bias), fast_mode=True)
 
@@ -319,6 +320,50 @@ def test_sequence_level_equals_the_equation_taken_literally(chunk_tokens: int) -
         torch.testing.assert_close(our, their)
     # the paper divides by all tokens of the continuations, not by the repeated ones
     assert weight == (labels != IGNORE).sum()
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 1000])
+@pytest.mark.parametrize("rivals", [1, 3, VOCABULARY - 1, 1000])
+def test_among_rivals_it_equals_the_equation_taken_literally(rivals: int, chunk_tokens: int) -> None:
+    hidden, head, labels, _ = draw([30])
+    parameters = list(head.parameters())
+    repeated = torch.rand(30) < 0.6
+    found, weight = sequence_unlikelihood(hidden, head, labels, repeated, parameters, chunk_tokens, rivals)
+    p = head(hidden).softmax(-1)
+    expected = torch.zeros(())
+    for t, label in enumerate(labels.tolist()):
+        if repeated[t] and label != IGNORE:
+            others = torch.cat([p[t, :label], p[t, label + 1 :]]).sort(descending=True).values[:rivals].sum()
+            expected = expected - torch.log(others / (p[t, label] + others))
+    torch.testing.assert_close(found, expected)
+    ours = torch.autograd.grad(1.7 * found, [hidden, *parameters])
+    theirs = torch.autograd.grad(1.7 * expected, [hidden, *parameters])
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their)
+    assert weight == (labels != IGNORE).sum()
+    if rivals >= VOCABULARY - 1:
+        torch.testing.assert_close(found, sequence_unlikelihood(hidden, head, labels, repeated, parameters)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_token_that_leads_with_little_probability_is_pushed_where_it_has_rivals(dtype: torch.dtype) -> None:
+    logits = torch.zeros(1, 100, dtype=dtype).index_fill(1, torch.tensor([7]), 1.0).requires_grad_()
+    labels, repeated = torch.tensor([7]), torch.tensor([True])
+    pushes = []
+    for rivals in (None, 1):
+        loss, _ = sequence_unlikelihood(logits, nn.Identity(), labels, repeated, rivals=rivals)
+        pushes.append(torch.autograd.grad(loss, logits)[0][0, 7].item())
+    # p = e / (e + 99), and among two e / (e + 1)
+    assert pushes == pytest.approx([0.0267, 0.7311], rel=1e-2)
+
+
+@pytest.mark.parametrize("margin", [30.0, 1000.0])
+def test_rivals_stay_finite_however_sure_the_model_is(margin: float) -> None:
+    logits = torch.zeros(1, 4).index_fill(1, torch.tensor([2]), margin).requires_grad_()
+    loss, _ = sequence_unlikelihood(logits, nn.Identity(), torch.tensor([2]), torch.tensor([True]), rivals=3)
+    assert loss.item() == pytest.approx(margin - math.log(3))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(gradient, torch.tensor([[-1 / 3, -1 / 3, 1.0, -1 / 3]]))
 
 
 def test_continuations_without_repetition_are_a_zero_that_keeps_the_graph() -> None:

@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from lory.losses.chunked import score_chunks
@@ -118,6 +119,7 @@ def sequence_unlikelihood(
     repeated: Tensor,
     parameters: Sequence[Tensor] = (),
     chunk_tokens: int | None = None,
+    rivals: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The sequence-level objective of Welleck et al. (arXiv 1908.04319, section "Sequence-Level Unlikelihood").
 
@@ -125,6 +127,14 @@ def sequence_unlikelihood(
 
     of continuations that the model has decoded itself. The paper averages over all tokens of the continuations, the
     repeated ones and the others, so that is the weight: the better the continuations, the smaller the loss.
+
+    Where the model hesitates between many tokens, -log(1 - p) hardly has a gradient, yet greedy decoding takes the
+    first of them and repeats it. So with `rivals` the same is asked among x_t and the R most likely other tokens only:
+
+        sum over the repeated t of -log(sum over r in R of p(r) / (p(x_t) + sum over r in R of p(r)))
+
+    which with one rival is -log(sigmoid(z_r - z_x)), the loss of Adolphs et al. (arXiv 2211.05826, "The CRINGE Loss",
+    section 3) without its sampling: the rival is the next best token, so the loss is a function of the ids alone.
 
     Args:
         hidden: (N, H) states, each of which predicts the label at its own index (already shifted), from a forward pass
@@ -134,6 +144,7 @@ def sequence_unlikelihood(
         repeated: (N) bool, which labels belong to a repetition: `repeated_ngram_mask`, flattened.
         parameters: the head's own trainable tensors; they get a gradient, too.
         chunk_tokens: how many positions' logits exist at a time; None: as many as suit the device.
+        rivals: how many other tokens a repeated one is compared with; None: all, as in the paper.
 
     Returns:
         () the sum with its gradient, a zero that keeps the graph where nothing is repeated, and () the weight, how many
@@ -144,6 +155,8 @@ def sequence_unlikelihood(
 
     def score(log_probs: Tensor, here: slice, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
         candidates = targets[here][:, None]
+        if rivals is not None:
+            return _score_rivals(log_probs, candidates, rivals, needs_grad)
         part = _score_unlikelihood(log_probs, candidates, torch.ones_like(candidates, dtype=torch.bool), needs_grad)
         if not needs_grad:
             return part.loss.sum()[None], None
@@ -153,6 +166,21 @@ def sequence_unlikelihood(
 
     loss, _ = score_chunks(hidden[positions], head, score, 1, parameters, chunk_tokens)
     return loss, (labels != IGNORE).sum()
+
+
+def _score_rivals(log_probs: Tensor, repeated: Tensor, rivals: int, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """The loss of (n, 1) repeated tokens among their `rivals` most likely others, summed, and its gradient (n, V)."""
+    chosen = log_probs.gather(1, repeated)
+    others = log_probs.scatter_(1, repeated, -torch.inf)
+    best, places = others.topk(min(rivals, others.shape[1] - 1))
+    # log(p(x) / sum of p(r)): the odds of repeating
+    odds = chosen - best.logsumexp(1, keepdim=True)
+    loss = F.softplus(odds).sum()[None]
+    if not needs_grad:
+        return loss, None
+    share = odds.sigmoid()
+    gradient = log_probs.zero_().scatter_(1, repeated, share)
+    return loss, gradient.scatter_(1, places, -share * best.softmax(1))
 
 
 def repeated_ngram_mask(ids: Tensor, n: int = 4, lengths: Tensor | None = None, last: bool = False) -> Tensor:

@@ -55,6 +55,13 @@ class UnlikelihoodConfig(Section):
         description="What of a repeated stretch is made less likely: all of its tokens, as in the paper, or the last "
         "one, which makes it a repetition.",
     )
+    rivals: int | None = Field(
+        None,
+        ge=1,
+        description="A repeated token is made less likely than so many most likely others, one of which decoding would "
+        "take instead; null: than all others together, as in the paper, which hardly moves a token that leads with "
+        "little probability.",
+    )
     divergence: float = Field(
         0.0,
         ge=0,
@@ -152,7 +159,9 @@ class Objective(nn.Module):
         if batch.continues:
             assert batch.weights is not None
             repeated = batch.weights.flatten() > 0
-            loss, count = sequence_unlikelihood(states, head, targets, repeated, parameters)
+            loss, count = sequence_unlikelihood(
+                states, head, targets, repeated, parameters, rivals=self.config.unlikelihood.rivals
+            )
             distance = zero
             if self.config.unlikelihood.divergence:
                 distance = self._diverge(batch, states, targets.masked_fill(repeated, IGNORE), None)
