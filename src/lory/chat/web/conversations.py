@@ -211,8 +211,9 @@ class Conversation:
 
     def _newest_below(self, place: int | None) -> int | None:
         """The end of the newest branch that goes through a turn."""
-        while children := [child for child, turn in enumerate(self.turns) if turn.parent == place]:
-            place = children[-1]
+        newest = {turn.parent: child for child, turn in enumerate(self.turns)}
+        while place in newest:
+            place = newest[place]
         return place
 
 
