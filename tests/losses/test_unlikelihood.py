@@ -53,6 +53,16 @@ def draw(lengths: list[int], ignored: float = 0.3, seed: int = 0) -> tuple[Tenso
     return hidden, head, labels, input_ids
 
 
+def assert_same(found: Tensor, expected: Tensor, tensors: list[Tensor]) -> None:
+    """Both in value and in the gradient of each of the tensors."""
+    torch.testing.assert_close(found, expected)
+    # 1.7: the gradient from above is not always 1
+    ours = torch.autograd.grad(1.7 * found, tensors)
+    theirs = torch.autograd.grad(1.7 * expected, tensors)
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their)
+
+
 @pytest.mark.parametrize("lengths", [[1], [2], [17], [1, 1, 9, 1, 30, 2], [40, 3]])
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 1000])
 @pytest.mark.parametrize("alpha", [0.0, 0.7])
@@ -65,12 +75,7 @@ def test_token_level_equals_the_equations_taken_literally(lengths: list[int], ch
     candidates = literal_candidates(input_ids.tolist(), labels.tolist(), lengths)
     logits = head(hidden)
     expected = literal_token_loss(logits, labels, candidates, alpha)
-    torch.testing.assert_close(found.loss, expected)
-    # 1.7: the gradient from above is not always 1
-    ours = torch.autograd.grad(1.7 * found.loss, [hidden, *parameters])
-    theirs = torch.autograd.grad(1.7 * expected, [hidden, *parameters])
-    for our, their in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(our, their)
+    assert_same(found.loss, expected, [hidden, *parameters])
     plain = cross_entropy(hidden, head, labels)
     torch.testing.assert_close(found.likelihood, plain.loss)
     assert found.weight == plain.weight
@@ -313,11 +318,7 @@ def test_sequence_level_equals_the_equation_taken_literally(chunk_tokens: int) -
     p = head(hidden).softmax(-1)
     flagged = [t for t in range(30) if repeated[t] and labels[t] != IGNORE]
     expected = -sum(torch.log(1 - p[t, labels[t]]) for t in flagged)
-    torch.testing.assert_close(found, expected)
-    ours = torch.autograd.grad(1.7 * found, [hidden, *parameters])
-    theirs = torch.autograd.grad(1.7 * expected, [hidden, *parameters])
-    for our, their in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(our, their)
+    assert_same(found, expected, [hidden, *parameters])
     # the paper divides by all tokens of the continuations, not by the repeated ones
     assert weight == (labels != IGNORE).sum()
 
@@ -335,11 +336,7 @@ def test_among_rivals_it_equals_the_equation_taken_literally(rivals: int, chunk_
         if repeated[t] and label != IGNORE:
             others = torch.cat([p[t, :label], p[t, label + 1 :]]).sort(descending=True).values[:rivals].sum()
             expected = expected - torch.log(others / (p[t, label] + others))
-    torch.testing.assert_close(found, expected)
-    ours = torch.autograd.grad(1.7 * found, [hidden, *parameters])
-    theirs = torch.autograd.grad(1.7 * expected, [hidden, *parameters])
-    for our, their in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(our, their)
+    assert_same(found, expected, [hidden, *parameters])
     assert weight == (labels != IGNORE).sum()
     if rivals >= VOCABULARY - 1:
         torch.testing.assert_close(found, sequence_unlikelihood(hidden, head, labels, repeated, parameters)[0])

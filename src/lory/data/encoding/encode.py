@@ -84,49 +84,36 @@ class Encoder:
         reader = self.reader
         if reader is not None and any(_speaks_of_images(conversation, reader.mark) for conversation in conversations):
             # one by one, since the images of many take much memory
-            return [self._encode_seeing(conversation, reader) for conversation in conversations]
+            return [self._encode_alone(conversation, reader) for conversation in conversations]
         try:
             return self._encode_batch(conversations)
         except RefusedTurn as error:
-            if not self._drops_refused:
+            if not self._drops(error):
                 with _naming(conversations[error.index]):
                     raise
-        return [self._encode_unless_refused(conversation) for conversation in conversations]
+        return [self._encode_alone(conversation) for conversation in conversations]
 
-    @property
-    def _drops_refused(self) -> bool:
-        """Whether what the chat template refuses is left out; without a template that would be everything."""
-        return self.rules.on_bad == "drop" and bool(self.tokenizer.chat_template)
+    def _drops(self, error: BadImage | RefusedTurn) -> bool:
+        """Whether a conversation is left out for it; for want of a template that would be every one."""
+        return self.rules.on_bad == "drop" and (isinstance(error, BadImage) or bool(self.tokenizer.chat_template))
 
-    def _encode_unless_refused(self, conversation: Conversation) -> Encoded:
+    def _encode_alone(self, conversation: Conversation, reader: ImageReader | None = None) -> Encoded:
+        """The samples of one conversation, or why it was left out; its images are opened here if there is a reader."""
         try:
-            return self._encode_batch([conversation])[0]
-        except RefusedTurn as error:
-            return self._leave_out(conversation, error)
-
-    def _leave_out(self, conversation: Conversation, error: BadImage | RefusedTurn, path: str = "") -> Encoded:
-        log.warning("%s: left out: %s", conversation.where or "A conversation", error)
-        self.notes[f"left out {conversation.where}: {error}"] += 1
-        return Encoded((), f"malformed: {error.reason}", path)
-
-    def _encode_seeing(self, conversation: Conversation, reader: ImageReader) -> Encoded:
-        """The samples of a conversation that may have images, which are opened here."""
-        try:
-            media = find_images(conversation.messages)
-            pictures = Pictures(reader, media, self.rules)
-            if self.on_long == "shrink_images" and media:
-                self._shrink(conversation, pictures)
+            pictures = None
+            if reader is not None:
+                media = find_images(conversation.messages)
+                pictures = Pictures(reader, media, self.rules)
+                if self.on_long == "shrink_images" and media:
+                    self._shrink(conversation, pictures)
             return self._encode_batch([conversation], pictures)[0]
-        except BadImage as error:
-            with _naming(conversation):
-                if self.rules.on_bad == "error":
-                    raise UsageError(str(error)) from error
-            return self._leave_out(conversation, error, error.path)
-        except RefusedTurn as error:
-            if not self._drops_refused:
+        except (BadImage, RefusedTurn) as error:
+            if not self._drops(error):
                 with _naming(conversation):
                     raise
-            return self._leave_out(conversation, error)
+            log.warning("%s: left out: %s", conversation.where or "A conversation", error)
+            self.notes[f"left out {conversation.where}: {error}"] += 1
+            return Encoded((), f"malformed: {error.reason}", error.path if isinstance(error, BadImage) else "")
 
     def _shrink(self, conversation: Conversation, pictures: Pictures) -> None:
         """Make the images smaller until the longest turn fits, as far as that goes."""
