@@ -130,20 +130,7 @@ def smollm2() -> Path:
     return prepare_smollm2()
 
 
-SIZES = {
-    "vocab_size": 131,
-    "hidden_size": 24,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 6,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
+SIZES = TINY | {"vocab_size": 131, "max_position_embeddings": 64}
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ TERSE_QUESTION = "Write the image in LaTeX without spaces."
 
 PATCH, MERGE = 14, 2
 MOST_PIXELS = 100 * (PATCH * MERGE) ** 2
-"""100 tokens; typeset formulas of the medium level take 26 (median), and 1 in 100 more than 88."""
+"""100 tokens; of 180 typeset formulas of the medium level half take 26 or less, and 1 in 100 more than 88."""
 
 # what stands between special tokens is read character by character, but for LaTeX's commands
 END_OF_TEXT, END, IMAGE = "<|endoftext|>", "<|end|>", "<|image_pad|>"
