@@ -43,11 +43,15 @@ class MasterAdamW(torch.optim.AdamW):
             # one after the other, so that only one gradient is there twice
             master.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
-        super().step()
+        self._update()
         for parameter, master in self._pairs:
             parameter.copy_(master)
             master.grad = None
         return None
+
+    def _update(self) -> None:
+        """Take the step of what `param_groups` holds."""
+        super().step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, the half-precision parameters' included."""

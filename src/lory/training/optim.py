@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lory.config import Section
 from lory.models.kernels import KernelsName
 from lory.training.masters import MasterAdamW
+from lory.training.muon import MATRICES, MuonAdamW, find_matrices
 
 
 class TrainConfig(Section):
@@ -21,8 +22,13 @@ class TrainConfig(Section):
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps, whatever epochs says.")
     batch_size: int = Field(4, ge=1, description="Rows (packed) or samples (not packed) of a forward pass.")
     accumulate: int = Field(1, ge=1, description="Forward passes to an optimizer step.")
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="What makes updates of gradients: adamw, or muon for the matrices of hidden layers and adamw for "
+        "all else, which learns more from a step where a model begins with random weights.",
+    )
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="How the learning rate goes from its peak to 0 (constant: it stays)."
     )
@@ -44,26 +50,29 @@ class TrainConfig(Section):
     )
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig, lora_plus_ratio: float | None = None) -> torch.optim.AdamW:
-    """AdamW over what is trainable, in fp32 whatever the weights are; vectors (norms, biases) are not decayed.
+def build_optimizer(model: nn.Module, config: TrainConfig, lora_plus_ratio: float | None = None) -> MasterAdamW:
+    """The optimizer of what is trainable, in fp32 whatever the weights are; vectors (norms, biases) are not decayed.
 
     Args:
         lora_plus_ratio: learning rate of adapters' B over that of the rest (Hayou et al. 2024, arXiv 2402.12354).
     """
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    factors = [p for name, p in trainable if name.endswith("lora_B")] if lora_plus_ratio else []
-    fast = {id(parameter) for parameter in factors}
-    rest = [parameter for _, parameter in trainable if id(parameter) not in fast]
-    groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    matrices = find_matrices(model) if config.optimizer == "muon" else set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_fast = lora_plus_ratio is not None and name.endswith("lora_B")
+            kind = (is_fast, parameter.ndim <= 1, id(parameter) in matrices)
+            groups.setdefault(kind, []).append(parameter)
+    made = [
         {
-            "params": factors,
-            "weight_decay": config.weight_decay,
-            "lr": config.learning_rate * (lora_plus_ratio or 1.0),
-        },
+            "params": groups[is_fast, is_vector, is_matrix],
+            "weight_decay": 0.0 if is_vector else config.weight_decay,
+            "lr": config.learning_rate * (lora_plus_ratio or 1.0 if is_fast else 1.0),
+            MATRICES: is_matrix,
+        }
+        for is_fast, is_vector, is_matrix in sorted(groups)
     ]
-    return MasterAdamW([group for group in groups if group["params"]], lr=config.learning_rate)
+    return (MuonAdamW if matrices else MasterAdamW)(made, lr=config.learning_rate)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> LambdaLR:
