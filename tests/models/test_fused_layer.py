@@ -279,7 +279,7 @@ def test_a_devices_own_attention_gives_the_same(
     ids, fused = draw(int(LENGTHS.sum())), fuse(model)
     expected = fused(ids, LENGTHS)
 
-    def place(borders: tuple[int, ...], scaling: float, window: int | None, _: None) -> fused_attention.Seen:
+    def place(borders: tuple[int, ...], scaling: float, window: int | None, *_: None) -> fused_attention.Seen:
         return fused_attention.Seen(borders, scaling, window, Spans.of(borders, torch.device("cpu")))
 
     monkeypatch.setattr("lory.models.fused_body.Seen", place)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lory.models.fused_prefixes import Path, Run, cut
 from lory.models.varlen import Spans, attend_spans
 
 # Queries of a block: small blocks compute little that is masked, large ones make fewer calls
@@ -35,14 +36,16 @@ class Seen(NamedTuple):
     """A token sees this many tokens, itself included."""
     spans: Spans | None = None
     """The borders for the kernels of a device; None: in blocks, as on a CPU."""
+    before: tuple[Path, ...] | None = None
+    """(documents) tokens elsewhere in the row that each document begins with; only in blocks."""
 
 
 class _Block(NamedTuple):
-    """Queries of one document, `length` from `first` on, and the keys that they see, `width` from `oldest` on."""
+    """Queries of one document, `length` from `first` on, and the keys that they see, `width` in all."""
 
     first: int
     length: int
-    oldest: int
+    keys: Path
     width: int
 
 
@@ -53,7 +56,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     out = torch.empty_like(q)
     groups = k.shape[1]
     q, k, v, places = _by_group(q, groups), k.transpose(0, 1), v.transpose(0, 1), _by_group(out, groups)
-    for block in _cut_documents(seen.borders, seen.window, BLOCK_TOKENS, WHOLE_TOKENS):
+    for block in _cut_documents(seen.borders, seen.before, seen.window, BLOCK_TOKENS, WHOLE_TOKENS):
         weights = _weigh(_take(q, block), _see(k, block), block, seen)
         _put(torch.bmm(weights, _see(v, block)), places, block)
     return out
@@ -66,7 +69,7 @@ def attend_back(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> tu
     q, grad, places = (_by_group(x, groups) for x in (q, grad, grad_q))
     k, v, sum_k, sum_v = (x.transpose(0, 1) for x in (k, v, grad_k, grad_v))
     unused = q.new_zeros(())
-    for block in _cut_documents(seen.borders, seen.window, BLOCK_TOKENS, WHOLE_TOKENS):
+    for block in _cut_documents(seen.borders, seen.before, seen.window, BLOCK_TOKENS, WHOLE_TOKENS):
         queries, arriving, keys, values = _take(q, block), _take(grad, block), _see(k, block), _see(v, block)
         weights = _weigh(queries, keys, block, seen)
         grad_scores = torch.ops.aten._softmax_backward_data(
@@ -74,8 +77,8 @@ def attend_back(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> tu
         )
         _put(torch.baddbmm(unused, grad_scores, keys, beta=0, alpha=seen.scaling), places, block)
         part = torch.baddbmm(unused, grad_scores.transpose(1, 2), queries, beta=0, alpha=seen.scaling)
-        sum_k.narrow(1, block.oldest, block.width).add_(part)
-        sum_v.narrow(1, block.oldest, block.width).add_(torch.bmm(weights.transpose(1, 2), arriving))
+        _add(part, sum_k, block)
+        _add(torch.bmm(weights.transpose(1, 2), arriving), sum_v, block)
     return grad_q, grad_k, grad_v
 
 
@@ -96,15 +99,20 @@ class Attention(torch.autograd.Function):
 
 
 @functools.lru_cache(maxsize=16)
-def _cut_documents(borders: tuple[int, ...], window: int | None, tokens: int, whole: int) -> tuple[_Block, ...]:
+def _cut_documents(
+    borders: tuple[int, ...], before: tuple[Path, ...] | None, window: int | None, tokens: int, whole: int
+) -> tuple[_Block, ...]:
     """The blocks of all documents; tokens are counted from the row's beginning."""
     blocks = []
-    for start, end in itertools.pairwise(borders):
+    for (start, end), prefix in zip(itertools.pairwise(borders), before or itertools.repeat(()), strict=False):
         step = tokens if end - start > whole else whole
+        path = (*prefix, Run(start, end - start))
+        # positions in the document are so many less
+        shift = start - sum(run.length for run in prefix)
         for first in range(start, end, step):
             last = min(first + step, end)
-            oldest = start if window is None else max(start, first - window + 1)
-            blocks.append(_Block(first, last - first, oldest, last - oldest))
+            oldest = 0 if window is None else max(0, first - shift - window + 1)
+            blocks.append(_Block(first, last - first, cut(path, oldest, last - shift), last - shift - oldest))
     return tuple(blocks)
 
 
@@ -125,13 +133,20 @@ def _put(part: Tensor, places: Tensor, block: _Block) -> None:
 
 def _see(x: Tensor, block: _Block) -> Tensor:
     """The block's keys of (G, T, D), in memory of their own: oneDNN's products take nothing else."""
-    return x.narrow(1, block.oldest, block.width).contiguous()
+    parts = [x.narrow(1, *run) for run in block.keys]
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _add(part: Tensor, sums: Tensor, block: _Block) -> None:
+    """Add to (G, T, D) what belongs to the keys that `_see` gives."""
+    for run, piece in zip(block.keys, part.split([run.length for run in block.keys], 1), strict=True):
+        sums.narrow(1, *run).add_(piece)
 
 
 def _weigh(queries: Tensor, keys: Tensor, block: _Block, seen: Seen) -> Tensor:
     """The probabilities (G, t * N / G, keys) of a block's queries (G, t * N / G, D)."""
     scores = torch.baddbmm(queries.new_zeros(()), queries, keys.transpose(1, 2), beta=0, alpha=seen.scaling)
-    _, length, _, width = block
+    length, width = block.length, block.width
     shared = queries.shape[1] // length
     if seen.window is not None and width > seen.window:
         scores.masked_fill_(_hidden(block, seen.window, scores.device).repeat_interleave(shared, 0), -torch.inf)
@@ -151,6 +166,7 @@ def _ahead(length: int, shared: int, dtype: torch.dtype, device: torch.device) -
 
 def _hidden(block: _Block, window: int, device: torch.device) -> Tensor:
     """(t, keys) true where a query must not look: ahead, or further back than the window."""
-    queries = torch.arange(block.first, block.first + block.length, device=device)[:, None]
-    keys = torch.arange(block.oldest, block.oldest + block.width, device=device)
+    # whatever part of the row they come from, the keys' positions go up to the block's last by one
+    keys = torch.arange(block.width, device=device)
+    queries = keys[block.width - block.length :, None]
     return (keys > queries) | (queries - keys >= window)

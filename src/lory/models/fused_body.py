@@ -6,6 +6,7 @@ fused body has to give the states that the model's own gives.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,7 @@ import lory.lora as lora
 from lory.lora.fp8 import LinearFp8
 from lory.models.fused_attention import Seen
 from lory.models.fused_layer import ATTENTION, MLP, run_layer
+from lory.models.fused_prefixes import share_prefixes
 from lory.models.kernels import PLAIN, Kernels
 from lory.models.varlen import Spans
 
@@ -35,7 +37,7 @@ class FusedLayers:
         self.model, self.kernels = model, kernels
 
     def __call__(self, input_ids: Tensor, seq_lens: Tensor) -> Tensor:
-        """The states after the last norm.
+        """The states after the last norm; what documents begin with alike is computed once (`fused_prefixes`).
 
         Args:
             input_ids: (1, T).
@@ -44,19 +46,30 @@ class FusedLayers:
         Returns:
             (1, T, H), differentiable in the adapters.
         """
-        body = self.model.base_model
+        body, row, spans = self.model.base_model, None, None
         lengths = seq_lens.tolist()
-        positions = torch.cat([torch.arange(length) for length in lengths])[None].to(input_ids.device)
-        borders = (0, *seq_lens.cumsum(0).tolist())
+        borders, before = (0, *itertools.accumulate(lengths)), None
+        if input_ids.is_cpu and not self._drops():
+            row = share_prefixes(input_ids[0], lengths)
+        if row:
+            input_ids, positions, borders, before = input_ids[:, row.kept], row.positions, row.borders, row.before
+        else:
+            positions = torch.cat([torch.arange(length) for length in lengths]).to(input_ids.device)
+            spans = None if input_ids.is_cpu else Spans.of(borders, input_ids.device)
         x = body.embed_tokens(input_ids)
-        cos, sin = (t[0] for t in body.rotary_emb(x, position_ids=positions))
+        cos, sin = (t[0] for t in body.rotary_emb(x, position_ids=positions[None]))
         x = x[0]
-        spans = None if x.is_cpu else Spans.of(borders, x.device)
         for layer in body.layers[: body.config.num_hidden_layers]:
             attention = layer.self_attn
-            seen = Seen(borders, attention.scaling, _window(attention), spans)
+            seen = Seen(borders, attention.scaling, _window(attention), spans, before)
             x = run_layer(layer, x, cos, sin, seen, self.kernels)
-        return body.norm(x)[None]
+        x = body.norm(x)
+        return (x.index_select(0, row.places) if row else x)[None]
+
+    def _drops(self) -> bool:
+        """Whether adapters drop something now, each document something else."""
+        parts = (part for part in self.model.modules() if isinstance(part, lora.Linear))
+        return any(part.training and part.has_adapter and part.lora_dropout for part in parts)
 
     def covers(self, attention_mask: Tensor | None) -> bool:
         """Whether this forward may be fused: not of padded rows, nor with autocast, hooks or checkpointing by now."""
