@@ -1,4 +1,4 @@
-"""Documents that begin alike give the states and gradients that each gives alone, for less work."""
+"""Rows without what need not be computed give the states and gradients that each document gives alone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor
 from lory.adapters.inject import AdapterConfig, attach_lora
 from lory.data.mixture.collate import collate
 from lory.models import fused_body
+from lory.models.fused_body import FusedLayers
 from lory.models.fused_layer import run_layer
-from lory.models.fused_prefixes import LEAST_TOKENS, Run, cut, share_prefixes
+from lory.models.fused_prefixes import LEAST_TOKENS, Run, compact, cut
 from lory.training.objective import LossConfig, Objective
 from lory.types import IGNORE, Sample
 
@@ -68,8 +69,8 @@ def spy_on_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("documents", SETS.values(), ids=SETS)
 def test_every_token_finds_its_document(documents: list[list[int]]) -> None:
     ids, lengths = join(documents)
-    row = share_prefixes(ids[0], lengths.tolist())
-    assert row is not None
+    row = compact(ids[0], lengths.tolist())
+    assert row.last is None
     assert torch.equal(ids[0, row.kept][row.places], ids[0])
     assert torch.equal(row.positions[row.places], torch.cat([torch.arange(n) for n in lengths.tolist()]))
     assert row.borders[0] == 0
@@ -82,15 +83,36 @@ def test_every_token_finds_its_document(documents: list[list[int]]) -> None:
 
 def test_each_beginning_is_kept_once() -> None:
     documents = [[*PROMPT, *PROMPT, 1], [2, 2, 2], [*PROMPT, 3], [*PROMPT, *PROMPT, 4, 4]]
-    row = share_prefixes(join(documents)[0][0], [len(ids) for ids in documents])
-    assert row is not None
+    row = compact(join(documents)[0][0], [len(ids) for ids in documents])
     assert len(row.kept) == 2 * len(PROMPT) + 1 + 3 + 1 + 2
 
 
 @pytest.mark.parametrize("common", [0, 1, LEAST_TOKENS - 1])
 def test_little_in_common_is_not_shared(common: int) -> None:
     documents = [[*range(common), 50, 51], [*range(common), 60]]
-    assert share_prefixes(join(documents)[0][0], [common + 2, common + 1]) is None
+    row = compact(join(documents)[0][0], [common + 2, common + 1])
+    assert len(row.kept) == 2 * common + 3
+    assert row.before == ((), ())
+
+
+def test_tokens_behind_the_last_wanted_one_are_left_out() -> None:
+    documents = [[*PROMPT, 7, 8, 9], [5, 6], [*PROMPT, 7, 1]]
+    wanted = torch.zeros(sum(map(len, documents)), dtype=torch.bool)
+    # the first document's second but last, the prompt's last in both, and nothing of the second
+    first, last = len(PROMPT), len(PROMPT) + 3 + 2 + len(PROMPT) - 1
+    wanted[[first - 1, first, last]] = True
+    row = compact(join(documents)[0][0], [len(ids) for ids in documents], wanted)
+    # of a document in which nothing is wanted, one token
+    assert row.positions.tolist() == [0, *range(len(PROMPT)), len(PROMPT)]
+    assert row.last is not None
+    assert row.positions[row.last][row.places[wanted]].tolist() == [len(PROMPT) - 1, len(PROMPT), len(PROMPT) - 1]
+    assert len(row.last) == 2
+
+
+def test_where_nothing_is_wanted_all_is_computed() -> None:
+    row = compact(torch.arange(5), [3, 2], torch.zeros(5, dtype=torch.bool))
+    assert len(row.kept) == 5
+    assert row.last is None
 
 
 def test_a_path_is_cut_across_its_runs() -> None:
@@ -127,6 +149,21 @@ def test_in_single_precision_they_differ_by_rounding(
     assert_alike(model, fuse(model)(ids, lengths), run_ordinarily(model, ids, lengths), 2e-5)
 
 
+@pytest.mark.parametrize("settings", [{}, {"targets": ["q_proj", "v_proj"]}, {"targets": ["down_proj"], "layers": [1]}])
+@pytest.mark.parametrize("documents", SETS.values(), ids=SETS)
+@pytest.mark.parametrize("share", [0.02, 0.5])
+def test_wanted_states_and_their_gradients_are_the_same(
+    random_model: Callable[..., Any], documents: list[list[int]], share: float, settings: dict[str, Any]
+) -> None:
+    model = prepare(random_model("Qwen3", **(ODD | {"max_position_embeddings": 512})), **settings)
+    ids, lengths = join(documents)
+    wanted = torch.rand(ids.shape, generator=torch.Generator().manual_seed(4)) < share
+    wanted[0, 1] = True
+    found = fuse(model)(ids, lengths, wanted)
+    assert found.shape[:2] == ids.shape
+    assert_alike(model, found[wanted], run_ordinarily(model, ids, lengths)[wanted], 1e-10)
+
+
 def test_an_embedding_that_is_trained_hears_of_every_document(random_model: Callable[..., Any]) -> None:
     model = prepare(random_model("Llama", **ODD), targets=["v_proj"])
     model.get_input_embeddings().weight.requires_grad = True
@@ -159,12 +196,12 @@ def test_every_loss_is_the_same_with_and_without(
     def learn() -> tuple[float, list[Tensor]]:
         terms = objective(batch)
         loss = terms.loss + terms.contrastive + terms.divergence
-        return float(loss), list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+        return loss.item(), list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
 
     loss, gradients = learn()
     assert max(given) < batch.tokens
     given.clear()
-    monkeypatch.setattr(fused_body, "share_prefixes", lambda *_: None)
+    monkeypatch.setattr(FusedLayers, "_drops", lambda _: True)
     expected, others = learn()
     assert set(given) == {batch.tokens}
     assert loss == pytest.approx(expected, rel=1e-12)

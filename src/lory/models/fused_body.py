@@ -7,7 +7,7 @@ fused body has to give the states that the model's own gives.
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ import lory.lora as lora
 from lory.lora.fp8 import LinearFp8
 from lory.models.fused_attention import Seen
 from lory.models.fused_layer import ATTENTION, MLP, run_layer
-from lory.models.fused_prefixes import share_prefixes
+from lory.models.fused_prefixes import Path, compact
 from lory.models.kernels import PLAIN, Kernels
 from lory.models.varlen import Spans
 
@@ -30,41 +30,62 @@ _HEAD_NORMS = {"q_norm", "k_norm"}
 _PROBE = (3, 5)
 
 
+class _Row(NamedTuple):
+    """Documents as the layers see them."""
+
+    positions: Tensor
+    """(C)"""
+    borders: tuple[int, ...]
+    spans: Spans | None = None
+    before: tuple[Path, ...] | None = None
+    last: Tensor | None = None
+    """(W) the tokens that the last layer gives states of; None: all."""
+
+
+def _lay_out(seq_lens: Tensor, device: torch.device) -> _Row:
+    """All tokens of the documents, as they stand there."""
+    lengths = seq_lens.tolist()
+    borders = (0, *itertools.accumulate(lengths))
+    positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
+    return _Row(positions, borders, None if device.type == "cpu" else Spans.of(borders, device))
+
+
 class FusedLayers:
     """A model's body, from token ids to the last hidden states, for documents packed in a row."""
 
     def __init__(self, model: PreTrainedModel, kernels: Kernels = PLAIN) -> None:
         self.model, self.kernels = model, kernels
 
-    def __call__(self, input_ids: Tensor, seq_lens: Tensor) -> Tensor:
-        """The states after the last norm; what documents begin with alike is computed once (`fused_prefixes`).
+    def __call__(self, input_ids: Tensor, seq_lens: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """The states after the last norm; on a CPU, of what has to be computed (`fused_prefixes`).
 
         Args:
             input_ids: (1, T).
             seq_lens: (documents) their lengths, on the CPU.
+            wanted: (1, T) whose states will be looked at, others may be anything; None: all.
 
         Returns:
             (1, T, H), differentiable in the adapters.
         """
-        body, row, spans = self.model.base_model, None, None
-        lengths = seq_lens.tolist()
-        borders, before = (0, *itertools.accumulate(lengths)), None
-        if input_ids.is_cpu and not self._drops():
-            row = share_prefixes(input_ids[0], lengths)
-        if row:
-            input_ids, positions, borders, before = input_ids[:, row.kept], row.positions, row.borders, row.before
-        else:
-            positions = torch.cat([torch.arange(length) for length in lengths]).to(input_ids.device)
-            spans = None if input_ids.is_cpu else Spans.of(borders, input_ids.device)
+        if not input_ids.is_cpu or self._drops():
+            return self._run(input_ids, _lay_out(seq_lens, input_ids.device))[None]
+        row = compact(input_ids[0], seq_lens.tolist(), None if wanted is None else wanted[0])
+        plan = _Row(row.positions, row.borders, None, row.before, row.last)
+        return self._run(input_ids[:, row.kept], plan).index_select(0, row.places)[None]
+
+    def _run(self, input_ids: Tensor, row: _Row) -> Tensor:
+        """(W, H) from (1, C)."""
+        body = self.model.base_model
         x = body.embed_tokens(input_ids)
-        cos, sin = (t[0] for t in body.rotary_emb(x, position_ids=positions[None]))
+        cos, sin = (t[0] for t in body.rotary_emb(x, position_ids=row.positions[None]))
         x = x[0]
-        for layer in body.layers[: body.config.num_hidden_layers]:
+        layers = body.layers[: body.config.num_hidden_layers]
+        for number, layer in enumerate(layers, 1):
             attention = layer.self_attn
-            seen = Seen(borders, attention.scaling, _window(attention), spans, before)
-            x = run_layer(layer, x, cos, sin, seen, self.kernels)
-        x = body.norm(x)
-        return (x.index_select(0, row.places) if row else x)[None]
+            seen = Seen(row.borders, attention.scaling, _window(attention), row.spans, row.before)
+            x = run_layer(layer, x, cos, sin, seen, self.kernels, row.last if number == len(layers) else None)
+        states: Tensor = body.norm(x)
+        return states
 
     def _drops(self) -> bool:
         """Whether adapters drop something now, each document something else."""

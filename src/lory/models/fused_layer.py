@@ -5,8 +5,8 @@ the attention's output, the state between the layer's halves, gate and up, and t
 silu(gate) * up and the attention's probabilities are made again in the backward pass. Sums are made in the matrix
 products that add to them.
 
-Shapes: T tokens (documents one after the other), H the hidden size, N heads, G heads of keys and values, D numbers of a
-head.
+Shapes: T tokens (documents one after the other), W of them wanted of the layer, H the hidden size, N heads, G heads of
+keys and values, D numbers of a head.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ class Layer:
     head_dim: int
     seen: Seen
     kernels: Kernels
+    wanted: Tensor | None = None
+    """(W) the tokens that get an output; None: all, and W is T."""
 
     def parts(self, x: Tensor) -> list[slice]:
         """Parts of the tokens of x that the MLP takes one after the other, for less memory on a CPU; one part where
@@ -115,12 +117,24 @@ class Layer:
         return grad_q, grad_k
 
 
-def run_layer(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, seen: Seen, kernels: Kernels = PLAIN) -> Tensor:
+def run_layer(
+    module: nn.Module,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seen: Seen,
+    kernels: Kernels = PLAIN,
+    wanted: Tensor | None = None,
+) -> Tensor:
     """What the decoder layer `module` gives for x (T, H), differentiable in x and in its adapters.
 
     Args:
         cos, sin: (T, D) of the tokens' positions.
         seen: `scaling` is the attention's own.
+        wanted: (W) the tokens whose output is needed; None: all.
+
+    Returns:
+        (W, H).
     """
     parts = [module.self_attn.get_submodule(name) for name in ATTENTION]
     parts += [module.mlp.get_submodule(name) for name in MLP]
@@ -131,7 +145,7 @@ def run_layer(module: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, seen: Seen
         if adapted:
             tensors += [part.lora_A, part.lora_B]
         settings.append((part.scaling, part.lora_dropout if part.training else 0.0) if adapted else None)
-    y: Tensor = _FusedLayer.apply(x, cos, sin, module, parts, settings, (seen, kernels), *tensors)
+    y: Tensor = _FusedLayer.apply(x, cos, sin, module, parts, settings, (seen, kernels, wanted), *tensors)
     return y
 
 
@@ -139,10 +153,10 @@ def _describe(
     module: nn.Module,
     parts: Sequence[nn.Module],
     settings: Sequence[tuple[float, float] | None],
-    how: tuple[Seen, Kernels],
+    how: tuple[Seen, Kernels, Tensor | None],
     tensors: Sequence[Tensor],
 ) -> Layer:
-    given, (seen, kernels) = iter(tensors), how
+    given, (seen, kernels, wanted) = iter(tensors), how
     projections = [
         Projection(
             part.rounded if isinstance(part, LinearFp8) else part.weight,
@@ -160,6 +174,7 @@ def _describe(
         attention.head_dim,
         seen,
         kernels,
+        wanted,
     )
 
 
@@ -185,7 +200,7 @@ class _FusedLayer(torch.autograd.Function):
         module: nn.Module,
         parts: Sequence[nn.Module],
         settings: Sequence[tuple[float, float] | None],
-        how: tuple[Seen, Kernels],
+        how: tuple[Seen, Kernels, Tensor | None],
         *tensors: Tensor,
     ) -> Tensor:
         layer = _describe(module, parts, settings, how, _cast(tensors, x))
@@ -227,7 +242,7 @@ Pairs = list[tuple[Tensor, Tensor] | None]
 def _forward_attention(
     layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, learning: bool
 ) -> tuple[Tensor, tuple[Tensor | None, ...], list[Kept], Recorded | None]:
-    """x + attention, (T, H); q, k, v and, for an adapter on o, the attention's output; what the adapters keep; and what
+    """x + attention, (W, H); q, k, v and, for an adapter on o, the attention's output; what the adapters keep; and what
     a device's own attention keeps."""
     made = project(layer.norms[0](x), layer.projections[:3])
     q, k, v = (y.view(len(x), -1, layer.head_dim) for y, _ in made)
@@ -240,13 +255,15 @@ def _forward_attention(
         out = attend(turned_q, turned_k, v, layer.seen)
     if not layer.head_norms:
         q, k = turned_q, turned_k
+    if layer.wanted is not None:
+        out, x = out[layer.wanted], x[layer.wanted]
     [(middle, kept)] = project(out.flatten(1), layer.projections[3:4], residual=x)
     needed = out if layer.projections[3].factors else None
     return middle, (q, k, v, needed), [*(pair for _, pair in made), kept], recorded
 
 
 def _forward_mlp(layer: Layer, middle: Tensor) -> tuple[Tensor, list[Opened]]:
-    """middle + MLP, (T, H); and what to keep of each part of the tokens."""
+    """middle + MLP, (W, H); and what to keep of each part of the tokens."""
     outputs, kept = [], []
     for rows in layer.parts(middle):
         part = middle[rows]
@@ -300,6 +317,11 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
+def _spread(grad: Tensor, wanted: Tensor, tokens: int) -> Tensor:
+    """(T, ...) with the rows of `grad` (W, ...) at their places and zeros elsewhere."""
+    return grad.new_zeros(tokens, *grad.shape[1:]).index_copy_(0, wanted, grad)
+
+
 def _backward_attention(
     layer: Layer,
     grad: Tensor,
@@ -318,6 +340,8 @@ def _backward_attention(
     grad_out, last = project_back([grad], flat_out, projections[3:4], kept[3:], need_x or inner)
     if grad_out is None:
         return None, [None, None, None, *last]
+    if layer.wanted is not None:
+        grad_out, grad = (_spread(g, layer.wanted, len(x)) for g in (grad_out, grad))
     if recorded:
         grad_q, grad_k, grad_v = recorded.gradients(grad_out.view(q.shape))
     else:

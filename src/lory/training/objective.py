@@ -198,10 +198,12 @@ class Objective(nn.Module):
         return divergence(states, head, before, reference_head, targets, parameters, weights=weights)
 
     def _run_body(self, batch: Batch, draw: torch.Generator | None) -> Tensor:
-        """(B, T, H) last hidden states."""
+        """(B, T, H) last hidden states; of tokens where nothing is learnt and no loss looks, they may be anything."""
         noise = self.config.embedding_noise if self.training and draw is not None and not batch.continues else 0.0
         if self._fused is not None and not noise and self._fused.covers(batch.attention_mask):
-            return self._fused(batch.input_ids, batch.seq_lens)
+            # the contrastive loss compares all tokens of a document
+            whole = self.training and self.config.contrastive.weight and not batch.continues
+            return self._fused(batch.input_ids, batch.seq_lens, None if whole else batch.targets != IGNORE)
         if (sight := self._sight[0]) is not None:
             return sight.run_body(batch)
         body = self._parts[0][0]
