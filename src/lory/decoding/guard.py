@@ -33,6 +33,8 @@ Kind = Literal["token", "phrase", "passage", "drift"]
 
 MAX_PERIOD = 200
 NGRAM = 4
+_FEW = 8
+"""Up to this period an n-gram less its first token is enough: one changed token leaves few that are there twice."""
 _MOST = 8
 """Periods that are followed at a time."""
 _MISS = 5
@@ -43,16 +45,19 @@ _FIRST_CREDIT = 16
 """What a period has at least when it is proposed, so that changed tokens side by side don't end it."""
 _MISS_BEFORE = 2
 """What a token that differs costs while the beginning is looked for; more would put it after the first change."""
-_DIFFERING, _SPREAD = 0.1, 0.55
+_DIFFERING, _SPREAD = 0.1, 0.6
 """Tokens that may differ from those a period back: 5% changed in either copy are 10%, and their spread, which goes with
 one over the root of how many are compared."""
 _NUMBERS = 1 / 3
 """Of the places that differ, those at which a number may stand in place of another."""
 _CONTEXT = 256
 """Tokens by which it is judged whether the text around a loop is prose."""
-_PROSE_LEAST, _LONG, _LONGEST = 0.2, 40, 80
+_LONG, _LONGEST = 40, 80
+"""Tokens of a long period, and of one that hardly ever comes again in code."""
+_PROSE_LEAST, _PROSE_LEAST_LONG, _PROSE_SURE = 0.3, 0.05, 0.4
 """Words after a space less signs of code among all tokens, at least, in what is taken for prose (most of it has 0.6 to
-0.8); less from the second figure of tokens on, and 0 from the third: long passages of code hardly ever come again."""
+0.8): from the first figure for short periods down to the second for the longest. Below the third a phrase with changes
+may be names in code."""
 _EARLY, _EARLY_SHARE = 2, 0.1
 """Tokens before the end of the third copy, and share of a period if that is more, at which it is looked at: the first
 tokens of the second may be changed."""
@@ -72,22 +77,24 @@ class _Patience:
 
 
 _NEVER = 10**9
-# Chosen on 30,000 documents: source code, markup, tables, licences, articles, answers (benchmarks/guard.py measures)
-_PASSAGE = _Patience(3, 9, 3, 24, 1)
-_SENTENCE = _Patience(3, 9, 3, 24, 1.5)
-_CLAUSE = _Patience(3, 9, 3, 24, 5)
-_PHRASE = _Patience(3, 9, 3, 24, 10)
+# Chosen on 50,000 documents: source code, markup, tables, licences, articles, answers (benchmarks/guard.py measures)
+_PASSAGE = _Patience(3, 9, 3, 24, 0.33)
+_SENTENCE = _Patience(3, 9, 3, 24, 0.6)
+_CLAUSE = _Patience(3, 9, 3, 24, 2)
+_PHRASE = _Patience(3, 9, 3, 12, 10)
+_PHRASE_IN_DOUBT = _Patience(3, 9, 3, 48, 10)
+_TWO_WORDS = _Patience(3, 6, 3, 48, 3)
 _PHRASE_WITH_SIGNS = _Patience(3, 24, 3, 32, 10)
 _WORD_AGAIN = _Patience(3, 12, 3, 48, 3)
 _UNKNOWN = _Patience(3, 32, 3, 32, 3)
 # of three tokens each, perhaps
 _CHARACTERS = _Patience(3, 20, 4, 120, 10)
 _PASSAGE_IN_SIGNS = _Patience(3, 120, 5, 200, 16)
-_PHRASE_IN_SIGNS = _Patience(4, 100, 6, 200, 40)
-_WORDS_IN_SIGNS = _Patience(4, 200, 6, 250, 40)
+_PHRASE_IN_SIGNS = _Patience(4, 150, 6, 200, 40)
+_WORDS_IN_SIGNS = _Patience(4, 300, 6, 300, 40)
 # numbers that differ here and there are data
 _ROWS_OF_SIGNS = _Patience(3, 150, 3, _NEVER, 0)
-_SIGNS = _Patience(3, 400, 3, _NEVER, 0)
+_SIGNS = _Patience(3, 450, 3, _NEVER, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +179,10 @@ class RepetitionGuard:
         if lost:
             self._followed = [stretch for stretch in self._followed if stretch.credit >= 0]
         if place >= NGRAM - 1:
-            ngram = tuple(ids[-NGRAM:])
+            ngram = tuple(ids[1 - NGRAM :])
             before = self._last.get(ngram)
             self._last[ngram] = place
-            if before is not None and before >= self._floor and place - before <= self.max_period:
+            if before is not None and before >= self._floor and self._is_proposed(before):
                 self._follow(place - before)
         return None
 
@@ -187,7 +194,11 @@ class RepetitionGuard:
         for token in ids:
             self._ids.append(token)
             if len(self._ids) >= NGRAM:
-                self._last[tuple(self._ids[-NGRAM:])] = len(self._ids) - 1
+                self._last[tuple(self._ids[1 - NGRAM :])] = len(self._ids) - 1
+
+    def _is_proposed(self, before: int) -> bool:
+        ids, period = self._ids, len(self._ids) - 1 - before
+        return period <= self.max_period and (period <= _FEW or ids[before - NGRAM + 1] == ids[-NGRAM])
 
     def _follow(self, period: int) -> None:
         if any(stretch.period == period for stretch in self._followed):
@@ -209,7 +220,8 @@ class RepetitionGuard:
                 if score < best - _MISS * _MISS_BEFORE:
                     break
         credit = max(_FIRST_CREDIT, min(_CREDIT, place - begin + 1 - differing * (_MISS + 1)))
-        due = begin - period + max(_count_tokens(3, period), _PASSAGE.tokens) - 1
+        # early, since the beginning may turn out to be before a change
+        due = begin - period + max(_count_tokens(2.9, period), _TWO_WORDS.tokens) - 1
         if len(self._followed) >= _MOST:
             self._followed.remove(min(self._followed, key=lambda stretch: stretch.credit))
         self._followed.append(_Stretch(period, begin, exact or begin, differing, credit, max(place, due)))
@@ -231,13 +243,17 @@ class RepetitionGuard:
         if compared + period < needed_with_changes:
             stretch.due = min(stretch.due, stretch.begin - period + needed_with_changes - 1)
             return None
+        if self._ids[place] not in (self._ids[place - period], self._ids[place - 2 * period]):
+            # what leaves the period, as a row of a table does where words of other lengths fill it, is no loop
+            stretch.due = place + 1
+            return None
         most = _DIFFERING * compared + _SPREAD * math.sqrt(compared)
         chance = min(1.0, patience.caution * (1 + stretch.doubts) / period)
         if stretch.differing > most or self._is_table(stretch, chance):
             # it can be told better at the end of the third copy, and from then on with one copy more
             third = stretch.begin + 2 * period - 1
             if place < third:
-                stretch.due = min(stretch.due, third)
+                stretch.due = min(stretch.due, max(place + 1, third - 1))
             else:
                 stretch.doubts += 1
             return None
@@ -257,19 +273,30 @@ class RepetitionGuard:
         distinct = [self._substance(token) for token in set(self._ids[-period:])]
         words = sum(substance >= Substance.PART for substance in distinct)
         content = words + distinct.count(Substance.BYTES) / 2
-        if content and self._is_prose(period):
-            if not words and content < 5:
-                # a line may be drawn with one
-                return _CHARACTERS if period > 3 else _WORDS_IN_SIGNS
-            if period < 10 and Substance.CODE in distinct:
+        prose = self._weigh_prose(period) if content else 0.0
+        if prose > max(_PROSE_LEAST_LONG, _PROSE_LEAST * (1 - period / _LONGEST)):
+            if period < 3 or not words:
+                return self._choose_for_letters(period, words)
+            if period < 10 and any(self._substance(token) == Substance.CODE for token in self._ids[-2 * period :]):
                 return _PHRASE_WITH_SIGNS
-            return _choose_in_prose(period)
+            return _choose_in_prose(period, prose < _PROSE_SURE)
         if period >= _LONG and len(distinct) >= 10:
             return _PASSAGE_IN_SIGNS if content >= 5 else _ROWS_OF_SIGNS
         return _PHRASE_IN_SIGNS if content >= 4 else _WORDS_IN_SIGNS if content else _SIGNS
 
-    def _is_prose(self, period: int) -> bool:
-        """Whether the last period and what stands around it read like prose, and not like code or a table."""
+    def _choose_for_letters(self, period: int, words: int) -> _Patience:
+        """For one or two words, or characters of several tokens each: which of the two is told by their letters."""
+        assert self._substance is not None
+        latest, before = self._ids[-2 * period :], self._ids[-3 * period : -period]
+        letters = min(self._substance.weigh_letters(latest), self._substance.weigh_letters(before))
+        if words:
+            return _TWO_WORDS if words == period == 2 and letters >= 5 else _WORD_AGAIN
+        # lines and rows of pictures have no letters; a character has three tokens at most
+        one = _CHARACTERS if letters else _WORDS_IN_SIGNS
+        return one if not letters or (letters < 6 and period < 4) else _choose_in_prose(period)
+
+    def _weigh_prose(self, period: int) -> float:
+        """Words less signs of code among the tokens of the last period and of what stands around it."""
         assert self._substance is not None
         sums = self._prose
         for token in self._ids[len(sums) - 1 :]:
@@ -277,10 +304,9 @@ class RepetitionGuard:
             # without spaces before them, words are names in code
             sums.append(sums[-1] + (substance in (Substance.WORD, Substance.BYTES)) - (substance == Substance.CODE))
         around = min(_CONTEXT, len(self._ids))
-        least = _PROSE_LEAST * min(1.0, max(0.0, (_LONGEST - period) / (_LONGEST - _LONG)))
         in_context, in_period = (sums[-1] - sums[-1 - around]) / around, (sums[-1] - sums[-1 - period]) / period
-        # the few tokens of a period may by chance have few words
-        return min(in_context, in_period + 0.1) > least
+        # the few tokens of a period may by chance have few words; where all are words, what stands around matters less
+        return max(min(in_context, in_period + 0.1), in_period - 0.5)
 
     def _is_table(self, stretch: _Stretch, chance: float) -> bool:
         """Whether the last copies differ as rows of a table do: at the same places, or in numbers.
@@ -291,35 +317,36 @@ class RepetitionGuard:
         where m is 4/3 n. Rows of a table have far more: then the Poisson probability of so many is below `chance`.
         """
         ids, number, period, start = self._ids, self._is_number, stretch.period, stretch.begin - stretch.period
-        slots = twice = odd = numbers = 0
+        slots = twice = odd = numbers = changes = last = 0
         for place in range(len(ids) - period, len(ids)):
             z, y = ids[place], ids[place - period]
-            if place - 2 * period < start:
-                # the third copy is not there yet, and may differ as well
-                slots, twice, odd = slots + (z != y), twice + (z != y), odd + (z != y)
-                continue
-            x = ids[place - 2 * period]
+            # the third copy may not be there yet, and may differ as well
+            third = place - 2 * period >= start
+            x = ids[place - 2 * period] if third else y
             w = ids[place - 3 * period] if place - 3 * period >= start else x
-            twice += _changes_often(w, x, y, z)
+            twice += _changes_often(w, x, y, z) if third else z != y
             if z == y == x:
                 continue
             numbers += (z != y and number(y) and number(z)) or (y != x and number(x) and number(y))
-            slots += x != y and y != z and x != z
+            slots += (x != y and y != z and x != z) or not third
             odd += 1
+            # tokens side by side are one change: those of a word that stands in a row of a table would look like chance
+            changes += last < place - 1
+            last = place
         if numbers > _NUMBERS * odd:
             return True
-        expected = odd * odd / (3 * period)
+        expected = changes * changes / (3 * period)
         return not (_is_likely(slots, expected, chance) and _is_likely(twice, 2 * expected, chance))
 
     def _is_number(self, token: int) -> bool:
         return self._substance is not None and self._substance(token) == Substance.NUMBER
 
 
-def _choose_in_prose(period: int) -> _Patience:
+def _choose_in_prose(period: int, in_doubt: bool = False) -> _Patience:
     if period < 3:
         return _WORD_AGAIN
     if period < 20:
-        return _PHRASE if period < 10 else _CLAUSE
+        return _PHRASE_IN_DOUBT if in_doubt else _PHRASE if period < 10 else _CLAUSE
     return _SENTENCE if period < _LONG else _PASSAGE
 
 

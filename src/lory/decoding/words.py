@@ -47,6 +47,11 @@ class Words:
             known = self._known[token] = _weigh(text, spaced)
         return known
 
+    def weigh_letters(self, tokens: list[int]) -> int:
+        """How many different letters tokens have; of a script without upper and lower case one counts three times."""
+        letters = {letter.lower() for letter in self._tokenizer.decode(tokens) if letter.isalpha()}
+        return sum(3 if letter == letter.upper() else 1 for letter in letters)
+
 
 def _weigh(text: str, spaced: bool) -> Substance:
     if _CODE.search(text):
