@@ -9,8 +9,8 @@ or drifting, each copy changed from the one before. Each length is as likely as 
 of the characters are letters, and "signs": code, tables, formulas, numbers.
 
 The delay counts from the loop's first token: after 3 periods two copies of the first have been seen. A word said three
-times is no loop, and a phrase said three times with one word changed is hardly one; so "within 3" is told three times:
-with at least 32 tokens allowed, with 12, and with none.
+times is no loop, and a phrase said three times with one word changed is hardly one; so "within 3" is told four times:
+with at least 32 tokens allowed, with 12, with none, and with none for periods of 2 tokens and more ("from 2").
 
 Ordinary documents: Python's standard library, tests included, made-up lists, tables, JSON, numbers, verses and
 sentences with words filled in, and the --data files: each line of a .txt or .jsonl file, each answer of a .json file of
@@ -173,6 +173,8 @@ def summarize(delays: list[tuple[int, int | None]]) -> dict[str, float]:
         "within_3_or_32": share(3, 32),
         "within_3_or_12": share(3, 12),
         "within_3": share(3, 0),
+        "within_3_from_2": sum(period > 1 and delay <= 3 * period for period, delay in found)
+        / max(1, sum(period > 1 for period, _ in delays)),
         "within_4_or_32": share(4, 32),
     }
 
