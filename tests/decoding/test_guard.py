@@ -125,6 +125,14 @@ def test_words_that_repeat_are_found_in_text_at_the_third_time(encode: Encode, w
         assert len(guard) - len(start) <= (12 if loop.period == 1 else 3 * loop.period), repeated
 
 
+def test_a_long_word_is_found_at_its_third_time_and_a_short_one_is_waited_for(encode: Encode, words: Words) -> None:
+    start = encode(PROSE[:150] + "It went on")
+    for word, least, most in ((" because", 3, 3), (" very", 6, 12)):
+        guard = RepetitionGuard(words)
+        assert find_loop(start + encode(word * 40), guard)
+        assert least <= len(guard) - len(start) <= most, word
+
+
 def test_a_phrase_of_characters_of_several_tokens_is_one_and_a_single_character_is_waited_for(
     encode: Encode, words: Words
 ) -> None:

@@ -52,12 +52,10 @@ _NUMBERS = 1 / 3
 """Of the places that differ, those at which a number may stand in place of another."""
 _CONTEXT = 256
 """Tokens by which it is judged whether the text around a loop is prose."""
-_LONG, _LONGEST = 40, 80
-"""Tokens of a long period, and of one that hardly ever comes again in code."""
+_LONG, _LONGEST = 40, 80  # tokens of a long period, and of one that hardly ever comes again in code
 _PROSE_LEAST, _PROSE_LEAST_LONG, _PROSE_SURE = 0.3, 0.05, 0.4
-"""Words after a space less signs of code among all tokens, at least, in what is taken for prose (most of it has 0.6 to
-0.8): from the first figure for short periods down to the second for the longest. Below the third a phrase with changes
-may be names in code."""
+"""Words after a space less signs of code, of all tokens, at least in prose (most has 0.6 to 0.8): the first figure for
+short periods, down to the second for the longest. Below the third a phrase with changes may be names in code."""
 _EARLY, _EARLY_SHARE = 2, 0.1
 """Tokens before the end of the third copy, and share of a period if that is more, at which it is looked at: the first
 tokens of the second may be changed."""
@@ -84,10 +82,10 @@ _CLAUSE = _Patience(3, 9, 3, 24, 2)
 _PHRASE = _Patience(3, 9, 3, 12, 10)
 _PHRASE_IN_DOUBT = _Patience(3, 9, 3, 48, 10)
 _TWO_WORDS = _Patience(3, 6, 3, 48, 3)
+_LONG_WORD = _Patience(3, 3, 3, 48, 3)
 _PHRASE_WITH_SIGNS = _Patience(3, 24, 3, 32, 10)
 _WORD_AGAIN = _Patience(3, 12, 3, 48, 3)
 _UNKNOWN = _Patience(3, 32, 3, 32, 3)
-# of three tokens each, perhaps
 _CHARACTERS = _Patience(3, 20, 4, 120, 10)
 _PASSAGE_IN_SIGNS = _Patience(3, 120, 5, 200, 16)
 _PHRASE_IN_SIGNS = _Patience(4, 150, 6, 200, 40)
@@ -162,6 +160,8 @@ class RepetitionGuard:
         ids.append(token)
         place = len(ids) - 1
         lost = False
+        if place >= self._floor + 2 and token == ids[-2] == ids[-3]:
+            self._follow(1)
         for stretch in self._followed:
             if token == ids[place - stretch.period]:
                 if stretch.credit < _CREDIT:
@@ -182,7 +182,8 @@ class RepetitionGuard:
             ngram = tuple(ids[1 - NGRAM :])
             before = self._last.get(ngram)
             self._last[ngram] = place
-            if before is not None and before >= self._floor and self._is_proposed(before):
+            longest = self.max_period if before and ids[before - NGRAM + 1] == ids[-NGRAM] else _FEW
+            if before is not None and before >= self._floor and place - before <= min(longest, self.max_period):
                 self._follow(place - before)
         return None
 
@@ -195,10 +196,6 @@ class RepetitionGuard:
             self._ids.append(token)
             if len(self._ids) >= NGRAM:
                 self._last[tuple(self._ids[1 - NGRAM :])] = len(self._ids) - 1
-
-    def _is_proposed(self, before: int) -> bool:
-        ids, period = self._ids, len(self._ids) - 1 - before
-        return period <= self.max_period and (period <= _FEW or ids[before - NGRAM + 1] == ids[-NGRAM])
 
     def _follow(self, period: int) -> None:
         if any(stretch.period == period for stretch in self._followed):
@@ -221,7 +218,7 @@ class RepetitionGuard:
                     break
         credit = max(_FIRST_CREDIT, min(_CREDIT, place - begin + 1 - differing * (_MISS + 1)))
         # early, since the beginning may turn out to be before a change
-        due = begin - period + max(_count_tokens(2.9, period), _TWO_WORDS.tokens) - 1
+        due = begin - period + max(_count_tokens(2.9, period), min(3 * period, 6)) - 1
         if len(self._followed) >= _MOST:
             self._followed.remove(min(self._followed, key=lambda stretch: stretch.credit))
         self._followed.append(_Stretch(period, begin, exact or begin, differing, credit, max(place, due)))
@@ -287,13 +284,16 @@ class RepetitionGuard:
     def _choose_for_letters(self, period: int, words: int) -> _Patience:
         """For one or two words, or characters of several tokens each: which of the two is told by their letters."""
         assert self._substance is not None
-        latest, before = self._ids[-2 * period :], self._ids[-3 * period : -period]
-        letters = min(self._substance.weigh_letters(latest), self._substance.weigh_letters(before))
+        copies = self._ids[-2 * period :], self._ids[-3 * period : -period]
+        letters = min(map(self._substance.weigh_letters, copies))
+        if period == 1 and letters >= 6 and self._substance(self._ids[-1]) == Substance.WORD:
+            return _LONG_WORD
         if words:
             return _TWO_WORDS if words == period == 2 and letters >= 5 else _WORD_AGAIN
-        # lines and rows of pictures have no letters; a character has three tokens at most
-        one = _CHARACTERS if letters else _WORDS_IN_SIGNS
-        return one if not letters or (letters < 6 and period < 4) else _choose_in_prose(period)
+        # a character has three tokens at most; lines and rows of pictures have no letters
+        if letters >= 6 or (letters and period > 3):
+            return _choose_in_prose(period)
+        return _CHARACTERS if letters else _WORDS_IN_SIGNS
 
     def _weigh_prose(self, period: int) -> float:
         """Words less signs of code among the tokens of the last period and of what stands around it."""
