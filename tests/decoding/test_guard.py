@@ -125,14 +125,6 @@ def test_words_that_repeat_are_found_in_text_at_the_third_time(encode: Encode, w
         assert len(guard) - len(start) <= (12 if loop.period == 1 else 3 * loop.period), repeated
 
 
-def test_a_long_word_is_found_at_its_third_time_and_a_short_one_is_waited_for(encode: Encode, words: Words) -> None:
-    start = encode(PROSE[:150] + "It went on")
-    for word, least, most in ((" because", 3, 3), (" very", 6, 12)):
-        guard = RepetitionGuard(words)
-        assert find_loop(start + encode(word * 40), guard)
-        assert least <= len(guard) - len(start) <= most, word
-
-
 def test_a_phrase_of_characters_of_several_tokens_is_one_and_a_single_character_is_waited_for(
     encode: Encode, words: Words
 ) -> None:
@@ -222,6 +214,18 @@ ORDINARY = {
 @pytest.mark.parametrize("kind", ORDINARY)
 def test_what_is_regular_is_no_loop(kind: str, encode: Encode, words: Words) -> None:
     assert find_loop(encode(ORDINARY[kind]), RepetitionGuard(words)) is None
+
+
+def test_few_words_in_any_order_are_no_loop(encode: Encode, words: Words) -> None:
+    draw = random.Random(0)
+    values = ["red", "green", "blue", "orange", "yellow", "apple", "banana", "cherry", "north", "south"]
+    alarms = 0
+    for _ in range(100):
+        said = draw.choices(values, k=60)
+        # three times the same pair in a row is one by chance now and then
+        alarms += find_loop(encode(", ".join(said)), RepetitionGuard(words)) is not None
+        alarms += find_loop(encode(" ".join(said)), RepetitionGuard(words)) is not None
+    assert alarms <= 12
 
 
 def test_source_code_raises_no_alarm(encode: Encode, words: Words) -> None:

@@ -82,7 +82,6 @@ _CLAUSE = _Patience(3, 9, 3, 24, 2)
 _PHRASE = _Patience(3, 9, 3, 12, 10)
 _PHRASE_IN_DOUBT = _Patience(3, 9, 3, 48, 10)
 _TWO_WORDS = _Patience(3, 6, 3, 48, 3)
-_LONG_WORD = _Patience(3, 3, 3, 48, 3)
 _PHRASE_WITH_SIGNS = _Patience(3, 24, 3, 32, 10)
 _WORD_AGAIN = _Patience(3, 12, 3, 48, 3)
 _UNKNOWN = _Patience(3, 32, 3, 32, 3)
@@ -160,8 +159,6 @@ class RepetitionGuard:
         ids.append(token)
         place = len(ids) - 1
         lost = False
-        if place >= self._floor + 2 and token == ids[-2] == ids[-3]:
-            self._follow(1)
         for stretch in self._followed:
             if token == ids[place - stretch.period]:
                 if stretch.credit < _CREDIT:
@@ -218,7 +215,7 @@ class RepetitionGuard:
                     break
         credit = max(_FIRST_CREDIT, min(_CREDIT, place - begin + 1 - differing * (_MISS + 1)))
         # early, since the beginning may turn out to be before a change
-        due = begin - period + max(_count_tokens(2.9, period), min(3 * period, 6)) - 1
+        due = begin - period + max(_count_tokens(2.9, period), _TWO_WORDS.tokens) - 1
         if len(self._followed) >= _MOST:
             self._followed.remove(min(self._followed, key=lambda stretch: stretch.credit))
         self._followed.append(_Stretch(period, begin, exact or begin, differing, credit, max(place, due)))
@@ -276,7 +273,9 @@ class RepetitionGuard:
                 return self._choose_for_letters(period, words)
             if period < 10 and any(self._substance(token) == Substance.CODE for token in self._ids[-2 * period :]):
                 return _PHRASE_WITH_SIGNS
-            return _choose_in_prose(period, prose < _PROSE_SURE)
+            # every other token a comma: a list of few values has much that repeats itself by chance
+            listed = 2 * (words + distinct.count(Substance.BYTES)) <= period
+            return _choose_in_prose(period, prose < _PROSE_SURE or listed)
         if period >= _LONG and len(distinct) >= 10:
             return _PASSAGE_IN_SIGNS if content >= 5 else _ROWS_OF_SIGNS
         return _PHRASE_IN_SIGNS if content >= 4 else _WORDS_IN_SIGNS if content else _SIGNS
@@ -286,8 +285,6 @@ class RepetitionGuard:
         assert self._substance is not None
         copies = self._ids[-2 * period :], self._ids[-3 * period : -period]
         letters = min(map(self._substance.weigh_letters, copies))
-        if period == 1 and letters >= 6 and self._substance(self._ids[-1]) == Substance.WORD:
-            return _LONG_WORD
         if words:
             return _TWO_WORDS if words == period == 2 and letters >= 5 else _WORD_AGAIN
         # a character has three tokens at most; lines and rows of pictures have no letters
