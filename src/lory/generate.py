@@ -17,8 +17,9 @@ from lory.runtime import LoryError, UsageError
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-    from lory.decoding.guard import Loop, PolicyGuard
+    from lory.decoding.guard import Loop
     from lory.decoding.loop import Step, Watcher
+    from lory.decoding.policy import PolicyGuard
 
 Counts = Literal["answer", "all"]
 OnLoop = Literal["off", "report", "stop", "penalize", "back_up", "retry"]
@@ -276,7 +277,8 @@ def make_guard(
     tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, options: GenerationOptions, terminators: Sequence[int]
 ) -> PolicyGuard | None:
     """The guard that `options.on_loop` asks for."""
-    from lory.decoding.guard import PolicyGuard, Words
+    from lory.decoding.policy import PolicyGuard
+    from lory.decoding.words import Words
 
     if options.on_loop == "off":
         return None

@@ -13,12 +13,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteriaList
 
-from lory.decoding.guard import Policy, PolicyGuard, RepetitionGuard, RepetitionStop, Words, find_loop
+from lory.decoding.guard import RepetitionGuard, Words, find_loop
 from lory.decoding.loop import decode_steps
+from lory.decoding.policy import Policy, PolicyGuard, RepetitionStop
 from lory.runtime import UsageError
 
 Encode = Callable[[str], list[int]]
 
+COLOURS = ["red", "green", "blue", "orange", "yellow", "black", "white", "grey"]
 PROSE = (
     "The harbour lay quiet in the early light, and the first boats were already out on the water. Anna had walked "
     "down from the station with her bag over one shoulder; she stopped at the wall and counted the masts. Somebody "
@@ -123,6 +125,20 @@ def test_words_that_repeat_are_found_in_text_at_the_third_time(encode: Encode, w
         assert loop, repeated
         # one word said three times may be meant
         assert len(guard) - len(start) <= (12 if loop.period == 1 else 3 * loop.period), repeated
+
+
+def test_a_new_long_word_is_found_at_its_third_time_and_others_are_waited_for(encode: Encode, words: Words) -> None:
+    start = encode(PROSE[:250] + " because it went on")
+    assert len(start) > 40
+    for said, word, least, most in (
+        (start, " mountain", 3, 3),
+        (start, " very", 6, 12),
+        (start, " because", 6, 12),  # it was there before
+        (encode(" ".join(random.Random(0).choices(COLOURS, k=40))), " mountain", 6, 12),  # a list of few values
+    ):
+        guard = RepetitionGuard(words)
+        assert find_loop(said + encode(word * 40), guard)
+        assert least <= len(guard) - len(said) <= most, word
 
 
 def test_a_phrase_of_characters_of_several_tokens_is_one_and_a_single_character_is_waited_for(

@@ -1,4 +1,4 @@
-"""Noticing that an answer has begun to go round in circles, while it is generated, and what to do then.
+"""Noticing that an answer has begun to go round in circles, while it is generated.
 
 A loop is a stretch of tokens that equals what stood one period earlier, save for a few changed tokens, over about three
 periods. An n-gram that was seen before proposes the distance to its last place as a period; from then on each token is
@@ -16,16 +16,10 @@ Much that is regular is no loop, and three things tell them apart:
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from torch import Tensor
-from transformers import StoppingCriteria
-
-from lory.decoding.loop import Verdict
-from lory.decoding.processors import LoopEscape
 from lory.decoding.words import Substance, Words
 from lory.runtime import UsageError
 
@@ -59,6 +53,9 @@ short periods, down to the second for the longest. Below the third a phrase with
 _EARLY, _EARLY_SHARE = 2, 0.1
 """Tokens before the end of the third copy, and share of a period if that is more, at which it is looked at: the first
 tokens of the second may be changed."""
+_VARIED, _VARIED_SHARE = 32, 0.6
+"""Tokens before a word said three times, and the share of them that has to be different: in a list of few values a
+word stands there three times by chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +79,7 @@ _CLAUSE = _Patience(3, 9, 3, 24, 2)
 _PHRASE = _Patience(3, 9, 3, 12, 10)
 _PHRASE_IN_DOUBT = _Patience(3, 9, 3, 48, 10)
 _TWO_WORDS = _Patience(3, 6, 3, 48, 3)
+_LONG_WORD = _Patience(3, 3, 3, 48, 3)
 _PHRASE_WITH_SIGNS = _Patience(3, 24, 3, 32, 10)
 _WORD_AGAIN = _Patience(3, 12, 3, 48, 3)
 _UNKNOWN = _Patience(3, 32, 3, 32, 3)
@@ -159,6 +157,8 @@ class RepetitionGuard:
         ids.append(token)
         place = len(ids) - 1
         lost = False
+        if place >= self._floor + 2 and token == ids[-2] == ids[-3]:
+            self._follow(1)
         for stretch in self._followed:
             if token == ids[place - stretch.period]:
                 if stretch.credit < _CREDIT:
@@ -215,7 +215,7 @@ class RepetitionGuard:
                     break
         credit = max(_FIRST_CREDIT, min(_CREDIT, place - begin + 1 - differing * (_MISS + 1)))
         # early, since the beginning may turn out to be before a change
-        due = begin - period + max(_count_tokens(2.9, period), _TWO_WORDS.tokens) - 1
+        due = begin - period + max(_count_tokens(2.9, period), min(3 * period, 6)) - 1
         if len(self._followed) >= _MOST:
             self._followed.remove(min(self._followed, key=lambda stretch: stretch.credit))
         self._followed.append(_Stretch(period, begin, exact or begin, differing, credit, max(place, due)))
@@ -285,12 +285,22 @@ class RepetitionGuard:
         assert self._substance is not None
         copies = self._ids[-2 * period :], self._ids[-3 * period : -period]
         letters = min(map(self._substance.weigh_letters, copies))
+        if words and period == 1:
+            return _LONG_WORD if letters >= 6 and self._is_unexpected() else _WORD_AGAIN
         if words:
-            return _TWO_WORDS if words == period == 2 and letters >= 5 else _WORD_AGAIN
+            return _TWO_WORDS if words == period and letters >= 5 else _WORD_AGAIN
         # a character has three tokens at most; lines and rows of pictures have no letters
         if letters >= 6 or (letters and period > 3):
             return _choose_in_prose(period)
         return _CHARACTERS if letters else _WORDS_IN_SIGNS
+
+    def _is_unexpected(self) -> bool:
+        """Whether the last token, there three times, is new in a text that says something else all the time."""
+        assert self._substance is not None
+        before, token = self._ids[-_CONTEXT:-3], self._ids[-1]
+        around = before[-_VARIED:]
+        varied = len(around) == _VARIED and len(set(around)) >= _VARIED_SHARE * _VARIED
+        return varied and token not in before and self._substance(token) == Substance.WORD
 
     def _weigh_prose(self, period: int) -> float:
         """Words less signs of code among the tokens of the last period and of what stands around it."""
@@ -366,129 +376,6 @@ def _changes_often(w: int, x: int, y: int, z: int) -> bool:
     """Whether a place had more than one changed token, or one change that stays, in four copies."""
     alone = (z == y == w) or (z == x == w)
     return (z != y) + (y != x) + (x != w) > 1 and not alone
-
-
-Policy = Literal["report", "stop", "penalize", "back_up", "retry"]
-
-
-class PolicyGuard:
-    """Watches the rows of a decode loop (it is a `loop.Watcher`) and acts by a policy; one for each call of the loop.
-
-    Args:
-        policy: `report` only notes loops; `stop` ends the answer; `penalize` makes the loop's tokens less likely from
-            then on, more so each time; `back_up` returns to the end of the first copy, forbids the token that led into
-            the second, and samples for a while (one row at a time); `retry` ends the answer, too, and `outcomes` asks
-            the caller for another attempt with a changed prompt.
-        prompt_tokens: columns of the ids that are the prompt's.
-        substance: see `RepetitionGuard`.
-        terminators: tokens that end an answer; what follows in its row is padding.
-        limit: how many times an answer is helped before it is stopped.
-        seed: for what `back_up` samples.
-
-    Attributes:
-        loops: by row, those found, in order, counted from the answer's first token.
-        outcomes: by row, why it was ended here: the finish reason.
-    """
-
-    def __init__(
-        self,
-        policy: Policy,
-        prompt_tokens: int,
-        substance: Words | None = None,
-        terminators: Collection[int] = (),
-        limit: int = 3,
-        seed: int = 0,
-    ) -> None:
-        self.policy, self.limit, self.seed = policy, limit, seed
-        self.loops: dict[int, list[Loop]] = {}
-        self.outcomes: dict[int, Literal["repetition", "retry"]] = {}
-        self._prompt_tokens = self._seen = prompt_tokens
-        self._substance, self._terminators = substance, frozenset(terminators)
-        self._guards: list[RepetitionGuard] = []
-        self._escape: LoopEscape | None = None
-        self._ended: set[int] = set()
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Verdict | None:
-        """Judge (B, T) prompt and answer so far, and the (B, V) processed scores of the next token; None: go on."""
-        if not self._guards:
-            self._begin(len(ids))
-        back = 0
-        for row, tokens in enumerate(ids[:, self._seen :].tolist()):
-            for token in tokens:
-                back = self._take(row, token, ids) or back
-        self._seen = ids.shape[1] - back
-        if back:
-            return Verdict(back=back)
-        stop = torch.tensor([row in self.outcomes for row in range(len(ids))], device=ids.device)
-        changed = self._escape(ids, scores) if self._escape else scores
-        if changed is scores and not self.outcomes:
-            return None
-        return Verdict(scores=changed, stop=stop)
-
-    def _begin(self, rows: int) -> None:
-        if self.policy == "back_up" and rows != 1:
-            raise UsageError(
-                f"The guard's policy back_up was given for {rows} answers at a time; decode them one by one, "
-                "or choose penalize."
-            )
-        self._guards = [RepetitionGuard(self._substance) for _ in range(rows)]
-        if self.policy in ("penalize", "back_up"):
-            self._escape = LoopEscape(rows, self.seed)
-
-    def _take(self, row: int, token: int, ids: Tensor) -> int:
-        """Feed a row's new token and act on the loop that shows; how many tokens are to be taken back."""
-        if row in self._ended:
-            return 0
-        if token in self._terminators:
-            self._ended.add(row)
-        if self._escape:
-            self._escape.move_on(row)
-        loop = self._guards[row].feed(token)
-        if loop is None:
-            return 0
-        loops = self.loops.setdefault(row, [])
-        loops.append(loop)
-        copy_end = loop.start + loop.period
-        answer = ids[row, self._prompt_tokens :].tolist()
-        if self.policy == "retry" or (self.policy != "report" and (not self._escape or len(loops) > self.limit)):
-            self.outcomes[row] = "retry" if self.policy == "retry" else "repetition"
-            self._ended.add(row)
-        elif self._escape and self.policy == "penalize":
-            self._escape.penalize(row, answer[loop.start : copy_end])
-        elif self._escape:
-            self._escape.lead_out(row, answer[copy_end])
-            self._guards[row].rewind(copy_end)
-            return len(answer) - copy_end
-        return 0
-
-
-class RepetitionStop(StoppingCriteria):
-    """Ends a row of transformers' `generate` when it loops.
-
-    Args:
-        prompt_tokens: columns of `input_ids` that belong to the prompt.
-        substance: see `RepetitionGuard`.
-
-    Attributes:
-        loops: by row, the loop that ended it.
-    """
-
-    def __init__(self, prompt_tokens: int, substance: Words | None = None) -> None:
-        self.loops: dict[int, Loop] = {}
-        self._seen = prompt_tokens
-        self._substance = substance
-        self._guards: list[RepetitionGuard] = []
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        """(B,) whether each row is done; `input_ids` are (B, T)."""
-        if not self._guards:
-            self._guards = [RepetitionGuard(self._substance) for _ in range(len(input_ids))]
-        for row, tokens in enumerate(input_ids[:, self._seen :].tolist()):
-            if row not in self.loops and (loop := find_loop(tokens, self._guards[row])):
-                self.loops[row] = loop
-        self._seen = input_ids.shape[1]
-        done = [row in self.loops for row in range(len(input_ids))]
-        return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
 
 
 def find_loop(tokens: Iterable[int], guard: RepetitionGuard) -> Loop | None:
