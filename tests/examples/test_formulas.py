@@ -79,7 +79,7 @@ def test_a_full_folder_is_left_alone(untrained: Path) -> None:
         base.write_base(untrained, **TINY)
 
 
-@pytest.mark.parametrize("name", ["easy.yaml", "medium.yaml", "polish.yaml", "unspaced.yaml"])
+@pytest.mark.parametrize("name", ["easy.yaml", "medium.yaml", "unspaced.yaml"])
 def test_the_configs_are_valid_and_ask_the_question_of_the_vocabulary(name: str) -> None:
     config, _ = read_config(FOLDER / name)
     questions = {source.question for source in config.data.train}
