@@ -32,7 +32,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lory.decoding.guard import RepetitionGuard, Words, find_loop
+from lory.decoding.guard import RepetitionGuard, find_loop
+from lory.decoding.words import Words
 
 LONGEST_FILE = 24_000  # characters, about 7,000 tokens
 MODES = ("exact", "changed", "drifting")

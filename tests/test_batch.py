@@ -97,7 +97,7 @@ def test_equal_prompts_draw_differently_and_repeatably(assistant: Assistant) -> 
 def test_the_guard_watches_every_answer(assistant: Assistant, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = GenerationOptions(max_new_tokens=80, on_loop=policy)
     # each token is as good as a word
-    monkeypatch.setattr("lory.decoding.guard.Words", lambda tokenizer: None)
+    monkeypatch.setattr("lory.decoding.words.Words", lambda tokenizer: None)
     # a model that says the same token for ever
     head = assistant.model.lm_head.weight
     before = head.detach().clone()
@@ -122,7 +122,7 @@ def test_the_guard_watches_a_chat_as_it_does_a_stream(
     tiny_model: Path, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = GenerationOptions(max_new_tokens=80, on_loop=policy)
-    monkeypatch.setattr("lory.decoding.guard.Words", lambda tokenizer: None)
+    monkeypatch.setattr("lory.decoding.words.Words", lambda tokenizer: None)
     # the next token depends on the last one alone, so it goes round in circles
     circling = load(tiny_model, "float32")
     with torch.no_grad():

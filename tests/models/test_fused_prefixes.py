@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -64,6 +65,29 @@ def spy_on_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(fused_body, "run_layer", run)
     return lengths
+
+
+def test_the_last_layer_gives_states_of_wanted_tokens_only(
+    monkeypatch: pytest.MonkeyPatch, random_model: Callable[..., Any]
+) -> None:
+    given: list[tuple[int, int]] = []
+
+    def run(layer: Any, x: Tensor, *rest: Any) -> Tensor:
+        y = run_layer(layer, x, *rest)
+        given.append((len(x), len(y)))
+        return y
+
+    monkeypatch.setattr(fused_body, "run_layer", run)
+    model = prepare(random_model("Llama", **ODD))
+    ids, lengths = join(SETS["a prompt"])
+    wanted = torch.zeros(ids.shape, dtype=torch.bool)
+    wanted[0, [1, 30, 40]] = True
+    fused = fuse(model)
+    given.clear()
+    fused(ids, lengths, wanted)
+    assert len(given) > 1
+    assert all(tokens == states for tokens, states in given[:-1])
+    assert given[-1][1] == 3
 
 
 @pytest.mark.parametrize("documents", SETS.values(), ids=SETS)
@@ -178,8 +202,9 @@ def test_an_embedding_that_is_trained_hears_of_every_document(random_model: Call
         {"contrastive": {"weight": 0.5}},
         {"divergence": 0.3},
         {"unlikelihood": {"token": 0.7}},
+        {"unlikelihood": {"sequence_rate": 1.0, "divergence": 0.4}},
     ],
-    ids=["likelihood", "contrastive", "divergence", "unlikelihood"],
+    ids=["likelihood", "contrastive", "divergence", "unlikelihood", "continuations"],
 )
 @pytest.mark.parametrize("counts", [None, [3, 1, 2]])
 def test_every_loss_is_the_same_with_and_without(
@@ -192,6 +217,9 @@ def test_every_loss_is_the_same_with_and_without(
     samples.append(Sample(tuple(ids), (*[IGNORE] * (len(ids) - 1), ids[-1])))
     objective, given = Objective(model, LossConfig(**config)).train(), spy_on_layers(monkeypatch)
     batch = collate(samples, counts=counts)
+    if "sequence_rate" in config.get("unlikelihood", {}):
+        repeated = torch.rand(batch.targets.shape, generator=torch.Generator().manual_seed(2)) < 0.3
+        batch = replace(batch, continues=True, weights=repeated.float())
 
     def learn() -> tuple[float, list[Tensor]]:
         terms = objective(batch)

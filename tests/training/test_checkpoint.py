@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -433,3 +434,26 @@ def test_another_number_of_processes_is_refused(stopped: tuple[dict[str, Any], P
     checkpoint._write_manifest(folder)
     with pytest.raises(UsageError, match="was written by 4 processes, and this run has 1"):
         train(config, resume="last")
+
+
+def test_each_rank_gets_its_own_random_numbers_back() -> None:
+    states = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        states.append(torch.get_rng_state())
+    for rank in range(3):
+        rank_of = SimpleNamespace(process_index=rank, device=torch.device("cpu"))
+        checkpoint._restore_rng({"cpu": torch.stack(states)}, rank_of)  # type: ignore[arg-type]
+        drawn = torch.rand(5)
+        torch.manual_seed(rank)
+        assert torch.equal(drawn, torch.rand(5))
+
+
+def test_a_run_from_before_a_field_was_there_goes_on(quick: dict[str, Any]) -> None:
+    run = stopped_run(quick, step=8)
+    config = run / "config.yaml"
+    lines = config.read_text(encoding="utf-8").splitlines()
+    older = [line for line in lines if not line.strip().startswith("optimizer:")]
+    assert len(older) == len(lines) - 1
+    config.write_text("\n".join(older) + "\n", encoding="utf-8")
+    assert train(quick, resume="last").steps == 12

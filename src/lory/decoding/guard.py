@@ -1,8 +1,9 @@
 """Noticing that an answer has begun to go round in circles, while it is generated.
 
 A loop is a stretch of tokens that equals what stood one period earlier, save for a few changed tokens, over about three
-periods. An n-gram that was seen before proposes the distance to its last place as a period; from then on each token is
-compared with the one a period back, so a token costs a few dictionary look-ups and at most `_MOST` comparisons.
+periods. An n-gram that was seen before proposes the distance to its last place as a period (three tokens up to a period
+of `_FEW`, four beyond, three equal ones for a period of one); from then on each token is compared with the one a period
+back, so a token costs a few dictionary look-ups and at most `_MOST` comparisons.
 
 Much that is regular is no loop, and three things tell them apart:
 

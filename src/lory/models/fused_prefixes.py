@@ -78,10 +78,11 @@ def compact(input_ids: Tensor, lengths: Sequence[int], wanted: Tensor | None = N
         kept.append(torch.arange(starts[number] + common, starts[number] + used[number]))
         positions.append(torch.arange(common, used[number]))
         previous = number
-    unused = (Run(0, 1),)
-    behind = (unused * (length - reach) for length, reach in zip(lengths, used, strict=True))
-    runs = itertools.chain.from_iterable((*path, *rest) for path, rest in zip(paths, behind, strict=True))
-    places = torch.cat([torch.arange(start, start + length) for start, length in runs])
+    parts: list[Tensor] = []
+    for path, length, reach in zip(paths, lengths, used, strict=True):
+        parts += [torch.arange(run.start, run.start + run.length) for run in path]
+        parts.append(torch.zeros(length - reach, dtype=torch.long))
+    places = torch.cat(parts)
     last = None if wanted is None else places[wanted].unique()
     if last is not None:
         places = torch.zeros(borders[-1], dtype=torch.long).scatter_(0, last, torch.arange(len(last)))[places]

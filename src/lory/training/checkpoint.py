@@ -240,7 +240,8 @@ def _gather_rng(accelerator: Accelerator) -> dict[str, Tensor]:
 
 
 def _restore_rng(states: Mapping[str, Tensor], accelerator: Accelerator) -> None:
-    rank = accelerator.process_index
-    torch.set_rng_state(states["cpu"][rank])
-    if "cuda" in states and accelerator.device.type == "cuda":
-        torch.cuda.set_rng_state(states["cuda"][rank], accelerator.device)
+    # a copy: of a part of a tensor, torch reads what stands at the whole one's beginning and beyond its end
+    own = {name: state[accelerator.process_index].clone() for name, state in states.items()}
+    torch.set_rng_state(own["cpu"])
+    if "cuda" in own and accelerator.device.type == "cuda":
+        torch.cuda.set_rng_state(own["cuda"], accelerator.device)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lory.config import dump_yaml, read_yaml
+from lory.config import build, dump_yaml, read_yaml
 from lory.models.load import default_device
 from lory.models.resolve import list_runs
 from lory.runtime import UsageError, explain_os_error, read_json, write_json, write_text
@@ -89,7 +89,8 @@ def check_resumable(folder: Path, config: Config, data: dict[str, Any]) -> None:
     Raises:
         UsageError: names the field that changed, or the source whose data did.
     """
-    before = _flatten(read_yaml(folder / CONFIG_FILE))
+    # built, so that a field which is newer than the run has its default
+    before = _flatten(build(Config, read_yaml(folder / CONFIG_FILE), str(folder / CONFIG_FILE)).model_dump(mode="json"))
     now = _flatten(config.model_dump(mode="json"))
     for name in sorted({**before, **now}):
         free = any(name == field or name.startswith(f"{field}.") for field in FREE_FIELDS)

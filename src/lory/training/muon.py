@@ -50,9 +50,11 @@ class MuonAdamW(MasterAdamW):
         gradient = parameter.grad
         assert gradient is not None
         state: dict[str, Tensor] = self.state[parameter]
-        momentum = state.setdefault("momentum_buffer", torch.zeros_like(gradient))
-        # AdamW, whose state this is a part of, looks for it when it is loaded
-        state.setdefault("step", torch.zeros(())).add_(1)
+        if not state:
+            # AdamW, whose state this is a part of, looks for `step` when it is loaded
+            state.update(step=torch.zeros(()), momentum_buffer=torch.zeros_like(gradient))
+        state["step"] += 1
+        momentum = state["momentum_buffer"]
         momentum.lerp_(gradient, 1 - _MOMENTUM)
         return gradient.lerp(momentum, _MOMENTUM).flatten(1)
 
@@ -80,12 +82,13 @@ def _orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
         return [orthogonalise(matrix) for matrix in matrices]
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     found: list[Tensor] = [matrix.new_empty(matrix.shape, dtype=torch.bfloat16) for matrix in matrices]
-    for owner, share in enumerate(deal([_count_products(matrix) for matrix in matrices], ranks)):
+    shares = deal([_count_products(matrix) for matrix in matrices], ranks)
+    # before the first message, for which the others would wait
+    for index in shares[rank]:
+        found[index].copy_(orthogonalise(matrices[index]))
+    for owner, share in enumerate(shares):
         if not share:
             continue
-        if owner == rank:
-            for index in share:
-                found[index].copy_(orthogonalise(matrices[index]))
         # in one message: a small one takes longer to begin than to send
         message = torch.cat([found[index].flatten() for index in share])
         distributed.broadcast(message, owner)
@@ -112,10 +115,11 @@ def deal(costs: list[int], ranks: int) -> list[list[int]]:
 
 def find_matrices(model: nn.Module) -> set[int]:
     """The ids of the parameters that Muon is for: matrices and convolutions of hidden layers; not embeddings and the
-    head, whose rows are tokens of their own."""
-    tokens = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head, whose rows are tokens of their own, nor adapters on them."""
+    outer = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     if callable(head := getattr(model, "get_output_embeddings", None)) and (found := head()) is not None:
-        tokens.add(id(found.weight))
+        outer.append(found)
+    tokens = {id(parameter) for module in outer for parameter in module.parameters()}
     convolutions = {
         id(module.weight) for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     }
