@@ -24,8 +24,8 @@ class TrainConfig(Section):
     accumulate: int = Field(1, ge=1, description="Forward passes to an optimizer step.")
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw",
-        description="What makes updates of gradients: adamw, or muon for the matrices of hidden layers and adamw for "
-        "all else, which learns more from a step where a model begins with random weights.",
+        description="How gradients become updates: adamw; or muon for the matrices of hidden layers and adamw for all "
+        "else, which learns more from each step where training begins with random weights.",
     )
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")

@@ -208,7 +208,7 @@ def estimate_memory(prepared: Prepared, rows: Sequence[Sequence[int]]) -> dict[s
     sizes = prepared.dataset.train.lengths
     lengths = sorted((sum(int(sizes[i]) for i in row) for row in rows), reverse=True)
     tokens = sum(lengths[: config.train.batch_size])
-    # the gradient and AdamW's two moments in fp32, and the adapter's own weights, where these are not the base's
+    # the gradient and two moments in fp32 (Muon has one of a matrix), and the adapter's weights, where not the base's
     trained_bytes = trained * 4 * (3 if config.adapter.type in ("full", "freeze") else 4)
     parts = {
         "base_weights": base_bytes,
