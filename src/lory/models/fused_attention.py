@@ -1,8 +1,8 @@
-"""Causal attention of packed documents, forward and backward by hand, in memory that grows with the tokens.
+"""Attention of packed documents, forward and backward by hand, in memory that grows with the tokens.
 
 On a CPU each document is cut into blocks of queries that see all keys up to their own end, as products of matrices;
-the probabilities are made again in the backward pass. torch's fused attention takes two to four times as long there.
-Other devices have kernels of their own (`lory.models.varlen`).
+short ones go together (`fused_batches`). The probabilities are made again in the backward pass. torch's fused attention
+takes two to four times as long there. Other devices have kernels of their own (`lory.models.varlen`).
 
 Shapes: T tokens, N heads, G heads of keys and values, D numbers of a head.
 """
@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lory.models.fused_batches import Batch, attend_back_together, attend_together, group_documents
 from lory.models.fused_prefixes import Path, Run, cut
 from lory.models.varlen import Spans, attend_spans
 
@@ -24,6 +26,11 @@ from lory.models.varlen import Spans, attend_spans
 BLOCK_TOKENS = 64
 # A document up to this long is one block
 WHOLE_TOKENS = 96
+# Nothing is masked in an image, so that its blocks only need to be small enough for memory
+_IMAGE_TOKENS = 1024
+# A document with so many scores, all heads' together, or fewer goes with others: in fp32 its products are work enough
+# from 9 heads of 30 tokens on, in half precision from 6 of 115
+_FEW_SCORES, _FEW_HALF_SCORES = 8_000, 80_000
 
 
 class Seen(NamedTuple):
@@ -38,6 +45,8 @@ class Seen(NamedTuple):
     """The borders for the kernels of a device; None: in blocks, as on a CPU."""
     before: tuple[Path, ...] | None = None
     """(documents) tokens elsewhere in the row that each document begins with; only in blocks."""
+    causal: bool = True
+    """Whether a token sees what is before it and itself; else all of its document, an image, without a window."""
 
 
 class _Block(NamedTuple):
@@ -54,9 +63,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
     if seen.spans:
         return attend_spans(q, k, v, seen.spans, seen.scaling, seen.window)
     out = torch.empty_like(q)
+    batches, blocks = _share_out(seen, _limit_length(q), BLOCK_TOKENS, WHOLE_TOKENS)
+    for batch in batches:
+        attend_together(q, k, v, out, batch, seen.scaling)
     groups = k.shape[1]
     q, k, v, places = _by_group(q, groups), k.transpose(0, 1), v.transpose(0, 1), _by_group(out, groups)
-    for block in _cut_documents(seen.borders, seen.before, seen.window, BLOCK_TOKENS, WHOLE_TOKENS):
+    for block in blocks:
         weights = _weigh(_take(q, block), _see(k, block), block, seen)
         _put(torch.bmm(weights, _see(v, block)), places, block)
     return out
@@ -65,11 +77,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
 def attend_back(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of `attend` in blocks to q, k and v; `grad` is (T, N, D)."""
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    batches, blocks = _share_out(seen, _limit_length(q), BLOCK_TOKENS, WHOLE_TOKENS)
+    # these overwrite the sums to which blocks add
+    for batch in batches:
+        attend_back_together(grad, q, k, v, (grad_q, grad_k, grad_v), batch, seen.scaling)
     groups = k.shape[1]
     q, grad, places = (_by_group(x, groups) for x in (q, grad, grad_q))
     k, v, sum_k, sum_v = (x.transpose(0, 1) for x in (k, v, grad_k, grad_v))
     unused = q.new_zeros(())
-    for block in _cut_documents(seen.borders, seen.before, seen.window, BLOCK_TOKENS, WHOLE_TOKENS):
+    for block in blocks:
         queries, arriving, keys, values = _take(q, block), _take(grad, block), _see(k, block), _see(v, block)
         weights = _weigh(queries, keys, block, seen)
         grad_scores = torch.ops.aten._softmax_backward_data(
@@ -99,21 +115,32 @@ class Attention(torch.autograd.Function):
 
 
 @functools.lru_cache(maxsize=16)
-def _cut_documents(
-    borders: tuple[int, ...], before: tuple[Path, ...] | None, window: int | None, tokens: int, whole: int
-) -> tuple[_Block, ...]:
-    """The blocks of all documents; tokens are counted from the row's beginning."""
-    blocks = []
-    for (start, end), prefix in zip(itertools.pairwise(borders), before or itertools.repeat(()), strict=False):
-        step = tokens if end - start > whole else whole
+def _share_out(seen: Seen, short: int, tokens: int, whole: int) -> tuple[tuple[Batch, ...], tuple[_Block, ...]]:
+    """Batches of documents up to `short` tokens, and the blocks of all others, by places in the row."""
+    blocks, together = [], []
+    window, causal = seen.window, seen.causal
+    befores = seen.before or itertools.repeat(())
+    for (start, end), prefix in zip(itertools.pairwise(seen.borders), befores, strict=False):
+        if not prefix and end - start <= min(short, window or short):
+            together.append((start, end))
+            continue
+        step = (tokens if end - start > whole else whole) if causal else _IMAGE_TOKENS
         path = (*prefix, Run(start, end - start))
         # positions in the document are so many less
         shift = start - sum(run.length for run in prefix)
         for first in range(start, end, step):
             last = min(first + step, end)
             oldest = 0 if window is None else max(0, first - shift - window + 1)
-            blocks.append(_Block(first, last - first, cut(path, oldest, last - shift), last - shift - oldest))
-    return tuple(blocks)
+            newest = last - shift if causal else end - shift
+            blocks.append(_Block(first, last - first, cut(path, oldest, newest), newest - oldest))
+    return group_documents(together, causal), tuple(blocks)
+
+
+def _limit_length(q: Tensor) -> int:
+    """The most tokens of a document that goes with others; 0: none does, since devices have better ways."""
+    if not q.is_cpu:
+        return 0
+    return math.isqrt((_FEW_HALF_SCORES if q.element_size() < 4 else _FEW_SCORES) // q.shape[1])
 
 
 def _by_group(x: Tensor, groups: int) -> Tensor:
@@ -146,15 +173,16 @@ def _add(part: Tensor, sums: Tensor, block: _Block) -> None:
 def _weigh(queries: Tensor, keys: Tensor, block: _Block, seen: Seen) -> Tensor:
     """The probabilities (G, t * N / G, keys) of a block's queries (G, t * N / G, D)."""
     scores = torch.baddbmm(queries.new_zeros(()), queries, keys.transpose(1, 2), beta=0, alpha=seen.scaling)
+    # by itself first: softmax takes three times as long where it converts, too
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     length, width = block.length, block.width
     shared = queries.shape[1] // length
     if seen.window is not None and width > seen.window:
         scores.masked_fill_(_hidden(block, seen.window, scores.device).repeat_interleave(shared, 0), -torch.inf)
-    elif length > 1:
+    elif seen.causal and length > 1:
         # only the block's own keys can lie ahead of a query
         scores.narrow(2, width - length, length).add_(_ahead(length, shared, scores.dtype, scores.device))
-    precise = torch.promote_types(scores.dtype, torch.float32)
-    return torch.softmax(scores, -1, precise).to(scores.dtype)
+    return torch.softmax(scores, -1).to(queries.dtype)
 
 
 @functools.lru_cache(maxsize=64)

@@ -20,7 +20,7 @@ from lory.models.vision_body import (
     Features,
     VisionBody,
     explain_apart,
-    prefer_plain_attention,
+    speed_up_tower,
     tower_parameters,
 )
 from lory.runtime import LoryError, UsageError, log
@@ -194,8 +194,8 @@ def _lay_out(positions: Sequence[Tensor], shape: torch.Size, packed: bool) -> Te
 
 def open_sight(model: PreTrainedModel, reader: ImageReader, cache_gb: float) -> Sight:
     """What a run needs for its images; the cache is open where the tower is frozen and there is room for it."""
-    if prefer_plain_attention(model):
-        log.debug("The tower attends by plain products.")
+    if speed_up_tower(model):
+        log.debug("The tower runs with lory's attention and products.")
     sight = Sight(model, reader, None)
     if not sight.is_frozen:
         log.info("Images are encoded in every step, since the model's tower or projector is trained.")

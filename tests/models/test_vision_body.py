@@ -1,0 +1,61 @@
+"""A tower that was sped up for a CPU gives what transformers' own gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.vision_models import FAMILIES, draw
+from torch import Tensor, nn
+
+from lory.assistant import load
+from lory.models.vision_body import IMAGES_APART, speed_up_tower
+
+VisionModel = Callable[[str], Path]
+OF_ANY_SIZE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
+SIZES = [(20, 30), (60, 90), (150, 40), (20, 30), (90, 90)]
+
+
+def encode(model: Any, pixels: dict[str, Tensor]) -> list[Tensor]:
+    """What the tower gives for images, and the gradients of all its parameters."""
+    model.zero_grad()
+    pooled = model.base_model.get_image_features(**pixels).pooler_output
+    features = pooled if isinstance(pooled, Tensor) else torch.cat(list(pooled))
+    features.square().sum().backward()
+    return [features.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_features_and_gradients_are_the_same(family: str, vision_model: VisionModel) -> None:
+    assistant = load(vision_model(family), device="cpu")
+    model = assistant.model.double()
+    # several sizes at once, short enough to go together and too long for that
+    pictures = [draw(number, *size) for number, size in enumerate(SIZES)]
+    pixels = dict(assistant.reader.processor.image_processor(pictures, return_tensors="pt"))
+    pixels = {name: x.double() if x.is_floating_point() else x for name, x in pixels.items()}
+    expected = encode(model, pixels)
+    assert speed_up_tower(model)
+    used = model.config.vision_config._attn_implementation
+    assert used == (IMAGES_APART if family in OF_ANY_SIZE else "eager")
+    found = encode(model, pixels)
+    # transformers' plain attention has its softmax in fp32
+    limits = {} if used == IMAGES_APART else {"rtol": 1e-4, "atol": 1e-5}
+    assert len(found) == len(expected) > 3
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, **limits)
+
+
+def test_only_patches_that_are_cut_out_are_multiplied(vision_model: VisionModel) -> None:
+    model = load(vision_model("qwen2_vl"), device="cpu").model
+    plain = next(module for module in model.modules() if isinstance(module, nn.Conv3d))
+    frames, height, width = plain.kernel_size
+    patches = torch.randn(5, plain.in_channels, frames, height, width)
+    larger = torch.randn(2, plain.in_channels, frames, 2 * height, 3 * width)
+    expected = [plain(patches), plain(larger)]
+    names = list(model.state_dict())
+    speed_up_tower(model)
+    torch.testing.assert_close([plain(patches), plain(larger)], expected)
+    assert list(model.state_dict()) == names
