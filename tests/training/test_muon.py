@@ -21,12 +21,12 @@ def make_parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(*shape, generator=generator).bfloat16().to(dtype)) for shape in SHAPES]
 
 
-def make_optimizer(parameters: list[nn.Parameter]) -> MuonAdamW:
+def make_optimizer(parameters: list[nn.Parameter], ns_steps: int = 5) -> MuonAdamW:
     groups: list[dict[str, Any]] = [
         {"params": parameters[:3], "weight_decay": 0.1, MATRICES: True},
         {"params": parameters[3:], "weight_decay": 0.0, MATRICES: False},
     ]
-    return MuonAdamW(groups, 1e-2)
+    return MuonAdamW(groups, 1e-2, ns_steps)
 
 
 def give_gradients(parameters: list[nn.Parameter], step: int) -> None:
@@ -42,13 +42,14 @@ def take_steps(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter],
         optimizer.zero_grad()
 
 
-def test_it_is_torchs_muon_and_adamw_side_by_side() -> None:
+@pytest.mark.parametrize("ns_steps", [5, 3])
+def test_it_is_torchs_muon_and_adamw_side_by_side(ns_steps: int) -> None:
     ours, theirs = make_parameters(), make_parameters()
     # torch's takes no convolutions: the same numbers as a matrix
     flat = [nn.Parameter(p.detach().flatten(1)) for p in theirs[:3]]
-    muon = torch.optim.Muon(flat, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon(flat, lr=1e-2, weight_decay=0.1, ns_steps=ns_steps, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(theirs[3:], lr=1e-2, weight_decay=0.0)
-    optimizer = make_optimizer(ours)
+    optimizer = make_optimizer(ours, ns_steps)
     for step in range(6):
         give_gradients(ours, step)
         give_gradients(theirs, step)
@@ -148,7 +149,10 @@ def test_muon_is_for_hidden_layers() -> None:
     model = Reader()
     names = {name for name, p in model.named_parameters() if id(p) in find_matrices(model)}
     assert names == {"picture.weight", "hidden.weight"}
-    groups = build_optimizer(model, TrainConfig(optimizer="muon", weight_decay=0.1)).param_groups
+    optimizer = build_optimizer(model, TrainConfig(optimizer="muon", ns_steps=3, weight_decay=0.1))
+    assert isinstance(optimizer, MuonAdamW)
+    assert optimizer.ns_steps == 3
+    groups = optimizer.param_groups
     told = {(group[MATRICES], group["weight_decay"]): len(group["params"]) for group in groups}
     assert told == {(True, 0.1): 2, (False, 0.1): 2, (False, 0.0): 4}
 

@@ -7,6 +7,8 @@ share of the matrices and tells the others.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,6 @@ from lory.training.masters import MasterAdamW
 MATRICES = "matrices"
 """The key by which a parameter group says that Muon moves it."""
 _MOMENTUM = 0.95
-_ITERATIONS = 5
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -25,6 +26,11 @@ class MuonAdamW(MasterAdamW):
     The step of a matrix (A, B) is scaled by 0.2 sqrt(max(A, B)), which makes it as long as AdamW's, so that both share
     a learning rate (Liu et al. 2025, arXiv 2502.16982, section 2.2). A convolution's dimensions but the first are one.
     """
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, ns_steps: int = 5) -> None:
+        """`ns_steps`: iterations of `orthogonalise`."""
+        super().__init__(groups, lr)
+        self.ns_steps = ns_steps
 
     def _update(self) -> None:
         self._move_matrices()
@@ -40,7 +46,7 @@ class MuonAdamW(MasterAdamW):
             if parameter.grad is not None
         ]
         directions = [self._push(parameter) for _, parameter in moved]
-        for (group, parameter), step in zip(moved, _orthogonalise_all(directions), strict=True):
+        for (group, parameter), step in zip(moved, _orthogonalise_all(directions, self.ns_steps), strict=True):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(step.view_as(parameter), alpha=-group["lr"] * 0.2 * max(step.shape) ** 0.5)
             parameter.grad = None
@@ -59,33 +65,33 @@ class MuonAdamW(MasterAdamW):
         return gradient.lerp(momentum, _MOMENTUM).flatten(1)
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
+def orthogonalise(matrix: Tensor, ns_steps: int = 5) -> Tensor:
     """The matrix (A, B) with singular values of 0.7 to 1.2 in place of all but its smallest ones, in bf16.
 
-    Five Newton-Schulz iterations X <- a X + (b X X^T + c (X X^T)^2) X with the coefficients of the reference above.
+    Newton-Schulz iterations X <- a X + (b X X^T + c (X X^T)^2) X with the coefficients of the reference above.
     """
     a, b, c = _COEFFICIENTS
     wide = matrix.bfloat16()
     if tall := matrix.shape[0] > matrix.shape[1]:
         wide = wide.t()
     wide = wide / wide.norm().clamp(min=1e-7)
-    for _ in range(_ITERATIONS):
+    for _ in range(ns_steps):
         products = wide @ wide.t()
         wide = torch.addmm(wide, torch.addmm(products, products, products, beta=b, alpha=c), wide, beta=a)
     return wide.t() if tall else wide
 
 
-def _orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
+def _orthogonalise_all(matrices: list[Tensor], ns_steps: int) -> list[Tensor]:
     """`orthogonalise` of each; all ranks have the same matrices, and each does its share."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return [orthogonalise(matrix) for matrix in matrices]
+        return [orthogonalise(matrix, ns_steps) for matrix in matrices]
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     found: list[Tensor] = [matrix.new_empty(matrix.shape, dtype=torch.bfloat16) for matrix in matrices]
     shares = deal([_count_products(matrix) for matrix in matrices], ranks)
     # before the first message, for which the others would wait
     for index in shares[rank]:
-        found[index].copy_(orthogonalise(matrices[index]))
+        found[index].copy_(orthogonalise(matrices[index], ns_steps))
     for owner, share in enumerate(shares):
         if not share:
             continue

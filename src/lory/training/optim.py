@@ -27,6 +27,12 @@ class TrainConfig(Section):
         description="How gradients become updates: adamw; or muon for the matrices of hidden layers and adamw for all "
         "else, which learns more from each step where training begins with random weights.",
     )
+    ns_steps: int = Field(
+        5,
+        ge=1,
+        le=10,
+        description="Newton-Schulz iterations of muon; fewer are cheaper, which shows where batches are small.",
+    )
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
@@ -72,7 +78,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig, lora_plus_ratio: floa
         }
         for is_fast, is_vector, is_matrix in sorted(groups)
     ]
-    return (MuonAdamW if matrices else MasterAdamW)(made, lr=config.learning_rate)
+    if matrices:
+        return MuonAdamW(made, config.learning_rate, config.ns_steps)
+    return MasterAdamW(made, config.learning_rate)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> LambdaLR:
