@@ -30,7 +30,10 @@ UNKNOWN = "<unk>"
 PIECE = r"\\[A-Za-z]+|\\.|[\s\S]"
 # a space belongs to what follows it: half as many tokens as with spaces by themselves, and the token before the next
 # one is a symbol, which should help the model to find its place in the picture
-TOKEN = r" ?(?:\\[A-Za-z]+|\\.|\S)|\s"
+SINGLE = r" ?(?:\\[A-Za-z]+|\\.|\S)|\s"
+_NAMES = "frac sqrt binom hat bar vec tilde dot ddot overline widehat mathrm mathcal mathbf mathbb"
+OPENING = tuple(f"\\{name}" for name in re.findall(r"\w+", _NAMES))
+"""Commands whose argument begins right after them."""
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
@@ -48,16 +51,27 @@ def list_pieces() -> list[str]:
     return ["\n", *map(chr, range(32, 127)), *sorted(commands)]
 
 
+def list_phrases() -> list[str]:
+    """Pieces that always or often come together, longest first; as single tokens they save a fifth of a formula's."""
+    phrases = [["_", "{"], ["^", "{"], ["}", "{"], ["}", "_", "{"], ["}", "^", "{"], *([c, "{"] for c in OPENING)]
+    written = {text for phrase in phrases for text in ("".join(phrase), " ".join(phrase), " " + " ".join(phrase))}
+    # \left( and the like have no space inside in either way of writing
+    brackets = {token for token in vocabulary("hard") if re.match(r"\\(left|right)", token)}
+    return sorted(written | brackets | {f" {token}" for token in brackets}, key=lambda text: (-len(text), text))
+
+
 def build_tokenizer() -> Any:
-    """A tokenizer with one token for a character or a command, each with and without a space before it."""
+    """A tokenizer with one token for a character, command or phrase, each with and without a space before it."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = [END_OF_TEXT, END, *ROLES, *VISION, IMAGE, UNKNOWN]
-    pieces = list_pieces()
-    words = [*special, QUESTION, TERSE_QUESTION, *pieces, *(f" {piece}" for piece in pieces if not piece.isspace())]
+    pieces, phrases = list_pieces(), list_phrases()
+    spaced = [f" {piece}" for piece in pieces if not piece.isspace()]
+    words = [*special, QUESTION, TERSE_QUESTION, *pieces, *spaced, *phrases]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), "isolated")
+    token = "|".join([*map(re.escape, phrases), SINGLE])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(token), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(special)
     tokenizer.add_tokens([AddedToken(question, normalized=False) for question in (QUESTION, TERSE_QUESTION)])

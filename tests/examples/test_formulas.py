@@ -46,7 +46,17 @@ def test_every_formula_comes_back_from_its_tokens() -> None:
 
 def test_a_space_belongs_to_the_token_after_it() -> None:
     tokens = base.build_tokenizer().tokenize(r"\alpha x ^ {2}  y")
-    assert tokens == ["\\alpha", " x", " ^", " {", "2", "}", " ", " y"]
+    assert tokens == ["\\alpha", " x", " ^ {", "2", "}", " ", " y"]
+
+
+def test_what_comes_together_is_one_token_in_both_ways_of_writing() -> None:
+    tokenizer = base.build_tokenizer()
+    assert tokenizer.tokenize(r"\frac { a _ { 1 } ^ { 2 } } { \left( b \right) }") == [
+        *["\\frac {", " a", " _ {", " 1", " } ^ {", " 2", " }", " } {", " \\left(", " b", " \\right)", " }"]
+    ]
+    assert tokenizer.tokenize(r"\frac{a_{1}^{2}}{\left(b\right)}") == [
+        *["\\frac{", "a", "_{", "1", "}^{", "2", "}", "}{", "\\left(", "b", "\\right)", "}"]
+    ]
 
 
 @pytest.mark.parametrize("question", [base.QUESTION, base.TERSE_QUESTION])
