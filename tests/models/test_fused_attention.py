@@ -82,6 +82,15 @@ def test_in_half_precision_it_is_as_exact_as_that_allows(causal: bool) -> None:
         assert (one.double() - other).norm() < 0.01 * other.norm()
 
 
+def test_a_large_image_is_cut_and_sees_all_of_itself() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1103, 2, 4, dtype=torch.float64) for _ in range(3))
+    seen = Seen((0, 3, 1103), SCALING, causal=False)
+    torch.testing.assert_close(Attention.apply(q, k, v, seen), attend_alone(q, k, v, seen))
+    _, blocks = fused_attention._share_out(seen, 0, 64, 96)
+    assert max(block.length for block in blocks) == 64
+
+
 def test_documents_of_like_lengths_go_together() -> None:
     ends = list(itertools.pairwise(itertools.accumulate([50, 4, 48, 5, 1, 49], initial=0)))
     batches = group_documents(ends, causal=True)

@@ -10,9 +10,10 @@ import pytest
 import torch
 from tests.vision_models import FAMILIES, draw
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lory.assistant import load
-from lory.models.vision_body import IMAGES_APART, speed_up_tower
+from lory.models.vision_body import IMAGES_APART, attend_images, speed_up_tower
 
 VisionModel = Callable[[str], Path]
 OF_ANY_SIZE = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v")
@@ -59,3 +60,15 @@ def test_only_patches_that_are_cut_out_are_multiplied(vision_model: VisionModel)
     speed_up_tower(model)
     torch.testing.assert_close([plain(patches), plain(larger)], expected)
     assert list(model.state_dict()) == names
+
+
+def test_without_borders_each_row_is_an_image() -> None:
+    q, k, v = (torch.randn(3, 4, 70, 8, dtype=torch.float64) for _ in range(3))
+    found, _ = attend_images(nn.Identity(), q, k, v, None, scaling=0.3)
+    torch.testing.assert_close(found, F.scaled_dot_product_attention(q, k, v, scale=0.3).transpose(1, 2))
+
+
+def test_a_mask_is_refused() -> None:
+    q = torch.randn(1, 1, 3, 4)
+    with pytest.raises(ValueError, match="neither a mask nor dropout"):
+        attend_images(nn.Identity(), q, q, q, torch.ones(1, 1, 3, 3), scaling=1.0)

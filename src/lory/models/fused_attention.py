@@ -26,8 +26,8 @@ from lory.models.varlen import Spans, attend_spans
 BLOCK_TOKENS = 64
 # A document up to this long is one block
 WHOLE_TOKENS = 96
-# Nothing is masked in an image, so that its blocks only need to be small enough for memory
-_IMAGE_TOKENS = 1024
+# An image up to this long is one: nothing is masked in it, so that only its memory counts
+_WHOLE_IMAGE = 1024
 # A document with so many scores, all heads' together, or fewer goes with others: in fp32 its products are work enough
 # from 9 heads of 30 tokens on, in half precision from 6 of 115
 _FEW_SCORES, _FEW_HALF_SCORES = 8_000, 80_000
@@ -124,7 +124,8 @@ def _share_out(seen: Seen, short: int, tokens: int, whole: int) -> tuple[tuple[B
         if not prefix and end - start <= min(short, window or short):
             together.append((start, end))
             continue
-        step = (tokens if end - start > whole else whole) if causal else _IMAGE_TOKENS
+        most = whole if causal else _WHOLE_IMAGE
+        step = tokens if end - start > most else most
         path = (*prefix, Run(start, end - start))
         # positions in the document are so many less
         shift = start - sum(run.length for run in prefix)

@@ -174,24 +174,26 @@ def attend_images(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    cu_seq_lens_q: Tensor,
+    cu_seq_lens_q: Tensor | None = None,
     dropout: float = 0.0,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """Attention of each patch to all of its image, on a CPU (transformers' attention interface).
 
     Args:
-        query, key, value: (1, heads, T, head_dim), image after image.
-        cu_seq_lens_q: (images + 1) borders between them.
+        query, key, value: (B, heads, T, head_dim); B is 1 where images come one after the other.
+        cu_seq_lens_q: (images + 1) borders between these; None: each of the B is an image.
 
     Returns:
-        (1, T, heads, head_dim).
+        (B, T, heads, head_dim).
 
     Raises:
         ValueError: a mask or dropout is asked for, which these towers do not do.
     """
     if attention_mask is not None or dropout:
         raise ValueError("attention of images apart takes neither a mask nor dropout")
-    q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-    seen = Seen(tuple(cu_seq_lens_q.tolist()), scaling, causal=False)
-    return Attention.apply(q, k, v, seen)[None], None
+    batch, _, tokens, _ = query.shape
+    borders = range(0, batch * tokens + 1, tokens) if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
+    q, k, v = (tensor.transpose(1, 2).flatten(0, 1).contiguous() for tensor in (query, key, value))
+    out: Tensor = Attention.apply(q, k, v, Seen(tuple(borders), scaling, causal=False))
+    return out.view(batch, tokens, *out.shape[1:]), None
