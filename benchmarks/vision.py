@@ -75,6 +75,7 @@ def measure(model: str, records: str, epochs: int) -> dict[str, Any]:
 
     from lory.config import build
     from lory.models.matmul import choose_fp32_matmul
+    from lory.models.vision_body import speed_up_tower
     from lory.training.checkpoint import Position
     from lory.training.config import Config
     from lory.training.feed import Batching, SampleFeed
@@ -92,6 +93,7 @@ def measure(model: str, records: str, epochs: int) -> dict[str, Any]:
     net, _ = build_model(prepared, accelerator)
     plan = prepared.plan()
     feed = SampleFeed(prepared.dataset.train, plan, Batching(False, 0, NO_LEADING, True, 256, True), 10**9)
+    speed_up_tower(net)
     sights = {name: open_sight(net, prepared.reader, gb) for name, gb in (("encoded", 0.0), ("cached", 1.0))}
     objectives = {name: Objective(net, sight=sight) for name, sight in sights.items()}
     with attention_for(net, warm := feed.take(Position(), 0)[0]):

@@ -56,7 +56,6 @@ def attend_alone(q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> Tensor:
 @pytest.mark.parametrize("seed", range(30))
 def test_a_row_gives_what_each_document_gives_alone(seed: int, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_attention, "_FEW_SCORES", few)
-    fused_attention._share_out.cache_clear()
     inputs, arriving, seen = draw_row(seed)
     expected = attend_alone(*inputs, seen)
     found = Attention.apply(*inputs, seen)
@@ -64,7 +63,6 @@ def test_a_row_gives_what_each_document_gives_alone(seed: int, few: int, monkeyp
     pairs = zip(*(torch.autograd.grad(out, inputs, arriving) for out in (found, expected)), strict=True)
     for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs)
-    fused_attention._share_out.cache_clear()
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -80,6 +78,12 @@ def test_in_half_precision_it_is_as_exact_as_that_allows(causal: bool) -> None:
     theirs = torch.autograd.grad(expected, wholes, arriving.double())
     for one, other in zip(ours, theirs, strict=True):
         assert (one.double() - other).norm() < 0.01 * other.norm()
+
+
+def test_a_document_without_tokens_is_passed_over() -> None:
+    q, k, v = (torch.randn(9, 2, 4, dtype=torch.float64) for _ in range(3))
+    seen = Seen((0, 0, 5, 5, 9, 9), SCALING)
+    torch.testing.assert_close(Attention.apply(q, k, v, seen), attend_alone(q, k, v, Seen((0, 5, 9), SCALING)))
 
 
 def test_a_large_image_is_cut_and_sees_all_of_itself() -> None:

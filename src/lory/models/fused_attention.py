@@ -121,6 +121,8 @@ def _share_out(seen: Seen, short: int, tokens: int, whole: int) -> tuple[tuple[B
     window, causal = seen.window, seen.causal
     befores = seen.before or itertools.repeat(())
     for (start, end), prefix in zip(itertools.pairwise(seen.borders), befores, strict=False):
+        if start == end:
+            continue
         if not prefix and end - start <= min(short, window or short):
             together.append((start, end))
             continue

@@ -141,12 +141,13 @@ def speed_up_tower(model: PreTrainedModel) -> bool:
     if model.device.type != "cpu" or config is None:
         return False
     towers = [child for child in model.base_model.children() if getattr(child, "config", None) is config]
-    for convolution in (module for tower in towers for module in tower.modules() if type(module) is nn.Conv3d):
-        if convolution.stride == convolution.kernel_size and convolution.groups == 1:
-            convolution.__class__ = _PatchProduct
+    convolutions = [module for tower in towers for module in tower.modules() if _is_cut_out(module)]
+    for convolution in convolutions:
+        convolution.__class__ = _PatchProduct
     if config._attn_implementation != "sdpa":
-        return bool(towers)
-    if towers and all("grid_thw" in inspect.signature(type(tower).forward).parameters for tower in towers):
+        return bool(convolutions)
+    takes_any_size = towers and all("grid_thw" in inspect.signature(type(t).forward).parameters for t in towers)
+    if takes_any_size and not getattr(config, "attention_dropout", 0.0):
         from transformers import AttentionInterface
 
         AttentionInterface.register(IMAGES_APART, attend_images)
@@ -155,6 +156,13 @@ def speed_up_tower(model: PreTrainedModel) -> bool:
     else:
         model.set_attn_implementation({"vision_config": "eager"})
     return True
+
+
+def _is_cut_out(module: nn.Module) -> bool:
+    """Whether it is a convolution whose kernels lie side by side."""
+    if type(module) is not nn.Conv3d or module.stride != module.kernel_size or module.groups != 1:
+        return False
+    return module.padding == (0, 0, 0) and module.dilation == (1, 1, 1)
 
 
 class _PatchProduct(nn.Conv3d):
@@ -188,10 +196,13 @@ def attend_images(
         (B, T, heads, head_dim).
 
     Raises:
-        ValueError: a mask or dropout is asked for, which these towers do not do.
+        ValueError: a mask, dropout or another kind of attention is asked for, which these towers do not do.
     """
-    if attention_mask is not None or dropout:
-        raise ValueError("attention of images apart takes neither a mask nor dropout")
+    asked = [
+        name for name in ("is_causal", "sliding_window", "softcap", "s_aux") if unused.get(name) not in (None, False)
+    ]
+    if attention_mask is not None or dropout or asked:
+        raise ValueError(f"attention of images apart takes neither a mask nor dropout nor {asked}")
     batch, _, tokens, _ = query.shape
     borders = range(0, batch * tokens + 1, tokens) if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     q, k, v = (tensor.transpose(1, 2).flatten(0, 1).contiguous() for tensor in (query, key, value))

@@ -247,7 +247,7 @@ def _open_sight(model: PreTrainedModel, prepared: Prepared) -> Sight | None:
         raise UsageError(f"adapter.type is {config.adapter.type}, which does not go with a model that sees; use lora.")
     sight = open_sight(model, prepared.reader, config.data.image_cache_gb)
     seen = next((number for number, count in enumerate(samples.image_counts) if count), None)
-    if seen is not None and not sight.measures_alike(collate([samples[seen]], not config.data.packing)):
+    if seen is not None and not sight.speed_up(collate([samples[seen]], not config.data.packing)):
         raise UsageError(
             f"{type(model).__name__} computes something with images that lory does not know yet; it cannot be trained."
         )

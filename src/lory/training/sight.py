@@ -151,8 +151,9 @@ class Sight:
         return features[0]
 
     @torch.no_grad()
-    def measures_alike(self, batch: Batch) -> bool:
-        """Whether one document with images has the states that the model's own forward gives it."""
+    def speed_up(self, batch: Batch) -> bool:
+        """Let the tower run faster; whether one document with images has the states that the model's own forward gave
+        it before that."""
         model = self.vision.model
         training = model.training
         model.eval()
@@ -163,6 +164,8 @@ class Sight:
             placed |= {name: value.to(model.device) for name, value in kinds.items()}
             ids = batch.input_ids.to(model.device)
             own = model.base_model(input_ids=ids, **placed, use_cache=False).last_hidden_state
+            if speed_up_tower(model):
+                log.debug("The tower's attention or products are others from here on.")
             with attention_for(model, batch):
                 ours = self.run_body(batch.to(model.device))
         finally:
@@ -194,8 +197,6 @@ def _lay_out(positions: Sequence[Tensor], shape: torch.Size, packed: bool) -> Te
 
 def open_sight(model: PreTrainedModel, reader: ImageReader, cache_gb: float) -> Sight:
     """What a run needs for its images; the cache is open where the tower is frozen and there is room for it."""
-    if speed_up_tower(model):
-        log.debug("The tower runs with lory's attention and products.")
     sight = Sight(model, reader, None)
     if not sight.is_frozen:
         log.info("Images are encoded in every step, since the model's tower or projector is trained.")
