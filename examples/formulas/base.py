@@ -31,8 +31,9 @@ PIECE = r"\\[A-Za-z]+|\\.|[\s\S]"
 # a space belongs to what follows it: half as many tokens as with spaces by themselves, and the token before the next
 # one is a symbol, which should help the model to find its place in the picture
 SINGLE = r" ?(?:\\[A-Za-z]+|\\.|\S)|\s"
-_NAMES = "frac sqrt binom hat bar vec tilde dot ddot overline widehat mathrm mathcal mathbf mathbb"
-OPENING = tuple(f"\\{name}" for name in re.findall(r"\w+", _NAMES))
+OPENING = re.findall(
+    r"\\\w+", r"\frac \sqrt \binom \hat \bar \vec \tilde \dot \ddot \overline \widehat \mathrm \mathcal \mathbf \mathbb"
+)
 """Commands whose argument begins right after them."""
 
 TEMPLATE = (
@@ -52,7 +53,7 @@ def list_pieces() -> list[str]:
 
 
 def list_phrases() -> list[str]:
-    """Pieces that always or often come together, longest first; as single tokens they save a fifth of a formula's."""
+    """Pieces that always or often come together, longest first; as single tokens they save 15 to 19% of a formula's."""
     phrases = [["_", "{"], ["^", "{"], ["}", "{"], ["}", "_", "{"], ["}", "^", "{"], *([c, "{"] for c in OPENING)]
     written = {text for phrase in phrases for text in ("".join(phrase), " ".join(phrase), " " + " ".join(phrase))}
     # \left( and the like have no space inside in either way of writing

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lory.models.fused_batches import Batch, attend_back_together, attend_together, group_documents
+from lory.models.fused_ops import attend_plainly_back, score
 from lory.models.fused_prefixes import Path, Run, cut
 from lory.models.varlen import Spans, attend_spans
 
@@ -84,17 +85,13 @@ def attend_back(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, seen: Seen) -> tu
     groups = k.shape[1]
     q, grad, places = (_by_group(x, groups) for x in (q, grad, grad_q))
     k, v, sum_k, sum_v = (x.transpose(0, 1) for x in (k, v, grad_k, grad_v))
-    unused = q.new_zeros(())
     for block in blocks:
         queries, arriving, keys, values = _take(q, block), _take(grad, block), _see(k, block), _see(v, block)
         weights = _weigh(queries, keys, block, seen)
-        grad_scores = torch.ops.aten._softmax_backward_data(
-            torch.bmm(arriving, values.transpose(1, 2)), weights, -1, weights.dtype
-        )
-        _put(torch.baddbmm(unused, grad_scores, keys, beta=0, alpha=seen.scaling), places, block)
-        part = torch.baddbmm(unused, grad_scores.transpose(1, 2), queries, beta=0, alpha=seen.scaling)
-        _add(part, sum_k, block)
-        _add(torch.bmm(weights.transpose(1, 2), arriving), sum_v, block)
+        parts = attend_plainly_back(arriving, queries, keys, values, weights, seen.scaling)
+        _put(parts[0], places, block)
+        _add(parts[1], sum_k, block)
+        _add(parts[2], sum_v, block)
     return grad_q, grad_k, grad_v
 
 
@@ -175,9 +172,7 @@ def _add(part: Tensor, sums: Tensor, block: _Block) -> None:
 
 def _weigh(queries: Tensor, keys: Tensor, block: _Block, seen: Seen) -> Tensor:
     """The probabilities (G, t * N / G, keys) of a block's queries (G, t * N / G, D)."""
-    scores = torch.baddbmm(queries.new_zeros(()), queries, keys.transpose(1, 2), beta=0, alpha=seen.scaling)
-    # by itself first: softmax takes three times as long where it converts, too
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = score(queries, keys, seen.scaling)
     length, width = block.length, block.width
     shared = queries.shape[1] // length
     if seen.window is not None and width > seen.window:

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lory.models.fused_ops import attend_plainly_back, score
+
 # How many places a batch has for a token at most, and how many tokens, since all its scores are in memory at a time
 _MOST_PADDING, _MOST_TOKENS = 1.25, 4096
 
@@ -82,14 +84,9 @@ def attend_back_together(
     # what arrives in padding would be the last token's once more
     arriving = _take(grad, batch, groups, blank=True)
     weights = _weigh(queries, keys, batch, scaling)
-    grad_scores = torch.ops.aten._softmax_backward_data(
-        torch.bmm(arriving, values.transpose(1, 2)), weights, -1, weights.dtype
-    )
-    unused = q.new_zeros(())
-    grad_q, grad_k, grad_v = gradients
-    _put(torch.baddbmm(unused, grad_scores, keys, beta=0, alpha=scaling), grad_q, batch)
-    _put(torch.baddbmm(unused, grad_scores.transpose(1, 2), queries, beta=0, alpha=scaling), grad_k, batch)
-    _put(torch.bmm(weights.transpose(1, 2), arriving), grad_v, batch)
+    parts = attend_plainly_back(arriving, queries, keys, values, weights, scaling)
+    for part, places in zip(parts, gradients, strict=True):
+        _put(part, places, batch)
 
 
 def _take(x: Tensor, batch: Batch, groups: int, blank: bool = False) -> Tensor:
@@ -111,9 +108,7 @@ def _put(part: Tensor, places: Tensor, batch: Batch) -> None:
 
 def _weigh(queries: Tensor, keys: Tensor, batch: Batch, scaling: float) -> Tensor:
     """The probabilities (n * G, L * N / G, L) of queries (n * G, L * N / G, D)."""
-    scores = torch.baddbmm(queries.new_zeros(()), queries, keys.transpose(1, 2), beta=0, alpha=scaling)
-    # by itself first: softmax takes three times as long where it converts, too
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    scores = score(queries, keys, scaling)
     if batch.bias.dim() == 2:
         scores.view(len(scores), batch.length, -1, batch.length).add_(batch.bias[:, None])
     elif len(batch.padding):

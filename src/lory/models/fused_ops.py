@@ -63,6 +63,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
     return y
 
 
+def score(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """Scores before the softmax, `scaling` times queries (B, t, D) with keys (B, u, D): (B, t, u) in fp32 or higher."""
+    scores = torch.baddbmm(queries.new_zeros(()), queries, keys.transpose(1, 2), beta=0, alpha=scaling)
+    # by itself: softmax takes three times as long where it converts, too
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+def attend_plainly_back(
+    arriving: Tensor, queries: Tensor, keys: Tensor, values: Tensor, weights: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of weights @ values to queries (B, t, D), keys and values (B, u, D), where `weights` (B, t, u) are
+    the softmax of the scores; `arriving` is (B, t, D)."""
+    unused = queries.new_zeros(())
+    grad_scores = torch.ops.aten._softmax_backward_data(
+        torch.bmm(arriving, values.transpose(1, 2)), weights, -1, weights.dtype
+    )
+    grad_queries = torch.baddbmm(unused, grad_scores, keys, beta=0, alpha=scaling)
+    grad_keys = torch.baddbmm(unused, grad_scores.transpose(1, 2), queries, beta=0, alpha=scaling)
+    return grad_queries, grad_keys, torch.bmm(weights.transpose(1, 2), arriving)
+
+
 class Factors(NamedTuple):
     """A projection's adapter."""
 

@@ -198,11 +198,10 @@ def attend_images(
     Raises:
         ValueError: a mask, dropout or another kind of attention is asked for, which these towers do not do.
     """
-    asked = [
-        name for name in ("is_causal", "sliding_window", "softcap", "s_aux") if unused.get(name) not in (None, False)
-    ]
-    if attention_mask is not None or dropout or asked:
-        raise ValueError(f"attention of images apart takes neither a mask nor dropout nor {asked}")
+    given = {"attention_mask": attention_mask, "dropout": dropout or None} | unused
+    refused = ("attention_mask", "dropout", "is_causal", "sliding_window", "softcap", "s_aux")
+    if asked := [name for name in refused if given.get(name) is not None and given[name] is not False]:
+        raise ValueError(f"{', '.join(asked)} was asked for; attention of images apart lets each patch see its image")
     batch, _, tokens, _ = query.shape
     borders = range(0, batch * tokens + 1, tokens) if cu_seq_lens_q is None else cu_seq_lens_q.tolist()
     q, k, v = (tensor.transpose(1, 2).flatten(0, 1).contiguous() for tensor in (query, key, value))
