@@ -17,9 +17,9 @@ from lory.types import IGNORE
 
 Head = Callable[[Tensor], Tensor]
 
-# A chunk's fp32 logits take CHUNK_TOKENS x V x 4 bytes (25 MB for V = 49,152, 130 MB for V = 256,000), their gradient
-# as much again; on a CPU larger chunks are no faster
-CHUNK_TOKENS = 128
+# A chunk's fp32 logits take CHUNK_TOKENS x V x 4 bytes (50 MB for V = 49,152, 260 MB for V = 256,000), and their gradient
+# takes their place; on a CPU larger chunks are no faster
+CHUNK_TOKENS = 256
 # An accelerator reads the whole head for each chunk, which a few rows do not pay for
 ACCELERATOR_CHUNK_TOKENS = 1024
 
@@ -128,22 +128,23 @@ def _score(logits: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Tensor, T
     """Cross-entropy of each row by few passes over the logits, the largest tensor there is.
 
     Args:
-        logits: (n, V), left as they are.
+        logits: (n, V); overwritten where they are in fp32 or higher.
         targets: (n) ids.
 
     Returns:
-        (n) -log p(target) and (n) whether the target is the likeliest, in fp32 or higher; (n, V) the gradient of the
-        first to the logits in their dtype, softmax - onehot, if it is needed.
+        (n) -log p(target) and (n) whether no token is likelier than the target, in fp32 or higher; (n, V) the gradient
+        of the first to the logits in their dtype, softmax - onehot, if it is needed.
     """
     precise = torch.promote_types(logits.dtype, torch.float32)
-    best = logits.argmax(-1)
     at = targets[:, None]
-    probabilities = torch.softmax(logits, -1, dtype=precise)
+    # torch's argmax on a CPU takes as long as the softmax, its largest number a tenth of that
+    top, own = logits.amax(-1, keepdim=True), logits.gather(1, at)
+    target = logits if logits.dtype == precise else None
+    probabilities = torch.softmax(logits, -1, dtype=precise, out=target)
     # the likeliest token's probability is at least 1 / V, so this logarithm of the sum does not suffer from underflow
-    top = best[:, None]
-    total = logits.gather(1, top).to(precise) - probabilities.gather(1, top).log()
-    each = (total - logits.gather(1, at).to(precise)).squeeze(1)
+    total = top.to(precise) - probabilities.amax(-1, keepdim=True).log()
+    each, right = (total - own.to(precise)).squeeze(1), (own >= top).squeeze(1)
     if not needs_grad:
-        return each, best == targets, None
+        return each, right, None
     probabilities.scatter_add_(1, at, probabilities.new_full(at.shape, -1.0))
-    return each, best == targets, probabilities.to(logits.dtype)
+    return each, right, probabilities.to(logits.dtype)
