@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lory.models import fused_attention
 from lory.models.fused_attention import Attention, Seen
 from lory.models.fused_batches import group_documents
+from lory.models.fused_prefixes import Run
 
 SCALING = 0.3
 
@@ -91,8 +92,36 @@ def test_a_large_image_is_cut_and_sees_all_of_itself() -> None:
     q, k, v = (torch.randn(1103, 2, 4, dtype=torch.float64) for _ in range(3))
     seen = Seen((0, 3, 1103), SCALING, causal=False)
     torch.testing.assert_close(Attention.apply(q, k, v, seen), attend_alone(q, k, v, seen))
-    _, blocks = fused_attention._share_out(seen, 0, 64, 96)
-    assert max(block.length for block in blocks) == 64
+    _, blocks = fused_attention._share_out(seen, 0, 96)
+    assert max(alike.length for alike in blocks) == 96
+
+
+def test_blocks_of_one_shape_go_together_as_far_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(44, heads, 4, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2)]
+    head = Run(2, 3)
+    # the last two begin with three tokens of the second
+    seen = Seen((0, 2, 16, 30, 37, 44), SCALING, before=((), (), (), (head,), (head,)))
+    arriving = torch.randn(44, 6, 4, dtype=torch.float64)
+    monkeypatch.setattr(fused_attention, "BLOCK_TOKENS", 4)
+    monkeypatch.setattr(fused_attention, "_FEW_SCORES", 0)
+    results, calls = [], []
+    for most in (1, 2 * 4 * 8, 10**6):
+        monkeypatch.setattr(fused_attention, "_MOST_SCORES", most)
+        fused_attention._share_out.cache_clear()
+        _, blocks = fused_attention._share_out(seen, 0, 4)
+        calls.append({(alike.length, alike.width): len(alike.firsts) for alike in blocks})
+        assert max(len(alike.firsts) * alike.length * alike.width for alike in blocks) <= max(most, 4 * 14)
+        out = Attention.apply(*inputs, seen)
+        results.append((out, *torch.autograd.grad(out, inputs, arriving)))
+    assert set(calls[0].values()) == {1}
+    assert calls[2] == {(2, 2): 1, (4, 4): 2, (4, 8): 2, (4, 12): 2, (2, 14): 2, (4, 7): 2, (3, 10): 2}
+    assert calls[1][4, 8] == 2
+    for other in results[:2]:
+        torch.testing.assert_close(other, results[2])
+    torch.testing.assert_close(
+        results[2][0][:30], attend_alone(*(x[:30] for x in inputs), Seen((0, 2, 16, 30), SCALING))
+    )
 
 
 def test_documents_of_like_lengths_go_together() -> None:

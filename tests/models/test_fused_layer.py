@@ -245,7 +245,6 @@ def test_blocks_of_any_size_give_dense_attention(
     monkeypatch: pytest.MonkeyPatch, block: int, window: int | None
 ) -> None:
     monkeypatch.setattr(fused_attention, "BLOCK_TOKENS", block)
-    monkeypatch.setattr(fused_attention, "WHOLE_TOKENS", 4)
     lengths = [1, 4, 5, 70]
     seen = fused_attention.Seen((0, 1, 5, 10, 80), 0.7, window)
     generator = torch.Generator().manual_seed(0)
