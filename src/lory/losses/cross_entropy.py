@@ -17,9 +17,9 @@ from lory.types import IGNORE
 
 Head = Callable[[Tensor], Tensor]
 
-# A chunk's fp32 logits take CHUNK_TOKENS x V x 4 bytes (50 MB for V = 49,152, 260 MB for V = 256,000), and then their
+# A chunk's fp32 logits take CHUNK_TOKENS x V x 4 bytes (25 MB for V = 49,152, 130 MB for V = 256,000), and then their
 # gradient does, in their place; on a CPU larger chunks are no faster
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 128
 # An accelerator reads the whole head for each chunk, which a few rows do not pay for
 ACCELERATOR_CHUNK_TOKENS = 1024
 
