@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from lory.adapters.inject import AdapterConfig, attach_lora
 from lory.models import fused_attention, fused_layer
 from lory.models.attention import document_arguments, documents_apart
 from lory.models.fused_body import FusedLayers, fused_layers
+from lory.models.fused_memory import Room
 from lory.models.kernels import CompiledKernels
 from lory.models.varlen import Spans
 
@@ -207,6 +209,41 @@ def test_on_a_gpu_adapters_are_multiplied_in_the_bases_precision(
         return float(sum(errors) / sum(gradient.square().sum() for gradient in exact.values())) ** 0.5
 
     assert measure_error(found[True]) < 1.5 * measure_error(found[False])
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("some", [True, False], ids=["some wanted", "all wanted"])
+def test_what_a_layer_keeps_lies_in_one_piece(
+    monkeypatch: pytest.MonkeyPatch, random_model: Callable[..., Any], family: str, some: bool
+) -> None:
+    monkeypatch.setattr(fused_layer, "PART_TOKENS", 7)
+    model = prepare(random_model(family, **ODD), targets=["q_proj", "v_proj", "up_proj", "down_proj"])
+    x = torch.randn(33, model.config.hidden_size, dtype=torch.float64, requires_grad=True)
+    cos, sin = torch.randn(2, 33, 10, dtype=torch.float64)
+    wanted = torch.tensor([0, 4, *range(9, 30)]) if some else None
+    seen = fused_attention.Seen((0, 13, 33), 0.3)
+    z = fused_layer.run_layer(model.base_model.layers[0], x, cos, sin, seen, wanted=wanted)
+    given = {tensor.data_ptr() for tensor in (x, cos, sin, *model.parameters())}
+    kept = [t for t in z.grad_fn.saved_tensors if t is not None and t.data_ptr() not in given]
+    assert len(kept) > 4 + 3 * len(z) // 7
+    assert {tensor.untyped_storage().data_ptr() for tensor in (*kept, z)} == {z.untyped_storage().data_ptr()}
+    ends = sorted((t.data_ptr(), t.data_ptr() + 8 * t.numel()) for t in (*kept, z) if t.is_contiguous())
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(ends))
+    # and hardly more than that is there
+    narrow = sum(t.numel() for t in kept if not t.is_contiguous())
+    assert z.untyped_storage().nbytes() <= 8 * (sum(t.numel() for t in (*kept, z)) + narrow) + 64 * 8 * len(kept)
+
+
+def test_a_room_gives_what_it_has() -> None:
+    room = Room(torch.empty(1), 3, 50)
+    first, second = (room.take(shape, torch.float32) for shape in ((7, 5), (15,)))
+    assert first is not None
+    assert second is not None
+    assert first.shape == (7, 5)
+    assert second.data_ptr() - first.data_ptr() == 64 * 4
+    assert room.take((32,), torch.bfloat16) is None
+    assert room.take((100,), torch.float32) is None
+    assert Room(first).take((1,), torch.float32) is None
 
 
 def test_without_gradients_nothing_is_kept(random_model: Callable[..., Any]) -> None:

@@ -111,6 +111,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_hidden[here] = grads[0]
                 for total, grad in zip(grad_parameters, grads[1:], strict=True):
                     total += grad
+            del logits, grad_logits  # before the next chunk's come
         ctx.mark_non_differentiable(correct)
         grad_parameters = [grad.to(p.dtype) for grad, p in zip(grad_parameters, parameters, strict=False)]
         ctx.save_for_backward(*([grad_hidden, *grad_parameters] if grad_hidden is not None else []))

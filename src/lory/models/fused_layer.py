@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 import lory.lora as lora
 from lory.lora.fp8 import LinearFp8
 from lory.models.fused_attention import Seen, attend, attend_back
+from lory.models.fused_memory import Room
 from lory.models.fused_ops import Factors, Kept, Projection, project, project_back
 from lory.models.kernels import PLAIN, Kernels
 from lory.models.varlen import Recorded, record
@@ -100,11 +101,27 @@ class Layer:
         size = -(-len(x) // count)
         return [slice(start, start + size) for start in range(0, len(x), size)]
 
-    def rotated(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k with their norms and positions."""
+    def rotated(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, outs: Sequence[Tensor | None] = (None, None)
+    ) -> tuple[Tensor, Tensor]:
+        """q and k with their norms and positions, in `outs` (T, N * D) and (T, G * D), where given."""
         if self.head_norms:
             q, k = self.head_norms[0](q), self.head_norms[1](k)
-        return self.kernels.rotate(q, cos, sin), self.kernels.rotate(k, cos, sin)
+        places = [out if out is None else out.view(x.shape) for x, out in zip((q, k), outs, strict=True)]
+        return self.kernels.rotate(q, cos, sin, out=places[0]), self.kernels.rotate(k, cos, sin, out=places[1])
+
+    def room(self, x: Tensor) -> Room:
+        """Room for what the layer keeps of x (T, H) and gives, on a CPU: other devices' allocators see to gaps, and
+        what their kernels were `recorded` with must not lie where more is written."""
+        if not x.is_cpu or self.seen.spans:
+            return Room(x)
+        few = len(x) if self.wanted is None else len(self.wanted)
+        numbers = 0
+        for rows, projection in zip([len(x)] * 3 + [few] * 4, self.projections, strict=True):
+            rank = len(projection.factors.lora_A) if projection.factors else 0
+            numbers += rows * (projection.outputs + rank)
+        # of the MLP four from each part: gate, up and two narrow ones
+        return Room(x, 7 + 4 * len(self.parts(x)), numbers)
 
     def rotated_back(
         self, grad_q: Tensor, grad_k: Tensor, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
@@ -204,8 +221,10 @@ class _FusedLayer(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         layer = _describe(module, parts, settings, how, _cast(tensors, x))
-        middle, first, kept, ctx.recorded = _forward_attention(layer, x, cos, sin, any(ctx.needs_input_grad))
-        z, opened = _forward_mlp(layer, middle)
+        learning = any(ctx.needs_input_grad)
+        room = layer.room(x) if learning else Room(x)
+        middle, first, kept, ctx.recorded = _forward_attention(layer, x, cos, sin, room, learning)
+        z, opened = _forward_mlp(layer, middle, room)
         ctx.arguments = module, parts, settings, how
         narrow = (t for pair in kept for t in pair)
         wide = (t for gate, up, *pairs in opened for t in (gate, up, *(t for pair in pairs for t in pair)))
@@ -240,38 +259,44 @@ Pairs = list[tuple[Tensor, Tensor] | None]
 
 
 def _forward_attention(
-    layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, learning: bool
+    layer: Layer, x: Tensor, cos: Tensor, sin: Tensor, room: Room, learning: bool
 ) -> tuple[Tensor, tuple[Tensor | None, ...], list[Kept], Recorded | None]:
     """x + attention, (W, H); q, k, v and, for an adapter on o, the attention's output; what the adapters keep; and what
     a device's own attention keeps."""
-    made = project(layer.norms[0](x), layer.projections[:3])
-    q, k, v = (y.view(len(x), -1, layer.head_dim) for y, _ in made)
-    turned_q, turned_k = layer.rotated(q, k, cos, sin)
+    stays = [room.take((len(x), p.outputs), x.dtype) for p in layer.projections[:3]]
+    outs, turned = (stays, [None, None]) if layer.head_norms else ([None, None, stays[2]], stays[:2])
+    made, pairs = zip(*project(layer.norms[0](x), layer.projections[:3], outs, room), strict=True)
+    q, k, v = (y.view(len(x), -1, layer.head_dim) for y in made)
+    del made  # what is not kept makes way for what comes
+    turned_q, turned_k = layer.rotated(q, k, cos, sin, turned)
+    if not layer.head_norms:
+        q, k = turned_q, turned_k
     recorded = None
     if learning and layer.seen.spans:
         recorded = record(turned_q, turned_k, v, layer.seen.spans, layer.seen.scaling, layer.seen.window)
         out = recorded.out.detach()
     else:
         out = attend(turned_q, turned_k, v, layer.seen)
-    if not layer.head_norms:
-        q, k = turned_q, turned_k
     if layer.wanted is not None:
         out, x = out[layer.wanted], x[layer.wanted]
-    [(middle, kept)] = project(out.flatten(1), layer.projections[3:4], residual=x)
+    [(middle, kept)] = project(out.flatten(1), layer.projections[3:4], [room.take(tuple(x.shape), x.dtype)], room, x)
     needed = out if layer.projections[3].factors else None
-    return middle, (q, k, v, needed), [*(pair for _, pair in made), kept], recorded
+    return middle, (q, k, v, needed), [*pairs, kept], recorded
 
 
-def _forward_mlp(layer: Layer, middle: Tensor) -> tuple[Tensor, list[Opened]]:
+def _forward_mlp(layer: Layer, middle: Tensor, room: Room) -> tuple[Tensor, list[Opened]]:
     """middle + MLP, (W, H); and what to keep of each part of the tokens."""
-    outputs, kept = [], []
-    for rows in layer.parts(middle):
+    z, kept, parts = room.take(tuple(middle.shape), middle.dtype), [], layer.parts(middle)
+    if z is None and len(parts) > 1:
+        z = torch.empty_like(middle)
+    for rows in parts:
         part = middle[rows]
-        (gate, first), (up, second) = project(layer.norms[1](part), layer.projections[4:6])
-        [(z, third)] = project(layer.kernels.gate(gate, up), layer.projections[6:], residual=part)
-        outputs.append(z)
+        outs = [room.take((len(part), p.outputs), part.dtype) for p in layer.projections[4:6]]
+        (gate, first), (up, second) = project(layer.norms[1](part), layer.projections[4:6], outs, room)
+        out = None if z is None else z[rows]
+        [(out, third)] = project(layer.kernels.gate(gate, up), layer.projections[6:], [out], room, part)
         kept.append(Opened(gate, up, first, second, third))
-    return _join(outputs), kept
+    return out if z is None else z, kept
 
 
 def _backward_mlp(
@@ -333,8 +358,7 @@ def _backward_attention(
     need_x: bool,
 ) -> tuple[Tensor | None, Pairs]:
     """The gradients to x (None unless wanted) and to the adapters; `grad` is overwritten."""
-    x, q, k, v, recorded = saved
-    projections = layer.projections
+    x, projections = saved[0], layer.projections
     inner = any(p.factors for p in projections[:3])
     flat_out = None if out is None else out.flatten(1)
     grad_out, last = project_back([grad], flat_out, projections[3:4], kept[3:], need_x or inner)
@@ -342,15 +366,25 @@ def _backward_attention(
         return None, [None, None, None, *last]
     if layer.wanted is not None:
         grad_out, grad = (_spread(g, layer.wanted, len(x)) for g in (grad_out, grad))
-    if recorded:
-        grad_q, grad_k, grad_v = recorded.gradients(grad_out.view(q.shape))
-    else:
-        turned_q, turned_k = layer.rotated(q, k, cos, sin) if layer.head_norms else (q, k)
-        grad_q, grad_k, grad_v = attend_back(grad_out.view(q.shape), turned_q, turned_k, v, layer.seen)
-    grad_q, grad_k = layer.rotated_back(grad_q, grad_k, q, k, cos, sin)
+    grads = _backward_heads(layer, grad_out, saved[1:], cos, sin)
+    del grad_out
     narrow = layer.norms[0](x) if inner else None
-    grads = [g.flatten(1) for g in (grad_q, grad_k, grad_v)]
     grad_narrow, pairs = project_back(grads, narrow, projections[:3], kept[:3], need_x)
+    del grads, narrow
     if grad_narrow is None:
         return None, [*pairs, *last]
     return layer.norms[0].add_gradient(grad, grad_narrow, x), [*pairs, *last]
+
+
+def _backward_heads(
+    layer: Layer, grad_out: Tensor, saved: tuple[Tensor, Tensor, Tensor, Recorded | None], cos: Tensor, sin: Tensor
+) -> list[Tensor]:
+    """The gradients to what q, k and v were projected to."""
+    q, k, v, recorded = saved
+    arriving = grad_out.view(q.shape)
+    if recorded:
+        grad_q, grad_k, grad_v = recorded.gradients(arriving)
+    else:
+        turned_q, turned_k = layer.rotated(q, k, cos, sin) if layer.head_norms else (q, k)
+        grad_q, grad_k, grad_v = attend_back(arriving, turned_q, turned_k, v, layer.seen)
+    return [g.flatten(1) for g in (*layer.rotated_back(grad_q, grad_k, q, k, cos, sin), grad_v)]

@@ -1,10 +1,14 @@
-"""Keeping freed memory in the process, so that each training step finds the pages of the one before."""
+"""Memory of a training step on a CPU: where a layer's kept tensors lie, and that freed pages stay with the process."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 import platform
 import sys
+
+import torch
+from torch import Tensor
 
 # the names are those of mallopt(3) in glibc
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -22,3 +26,27 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+class Room:
+    """Memory in one piece for what a layer keeps until its backward pass.
+
+    Tensors that stay, each allocated among others that go, leave gaps that the next layer's do not fit: a layer of
+    2,048 tokens of SmolLM2 keeps 42 MB, and in one run of two 2.5 MB more lay idle.
+    """
+
+    # numbers: every tensor begins with a cache line of its own
+    _LINE = 32
+
+    def __init__(self, like: Tensor, tensors: int = 0, numbers: int = 0) -> None:
+        """Room for so many tensors of so many numbers in all, in the dtype of `like`, on its device."""
+        self._free = like.new_empty(numbers + tensors * self._LINE)
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """A tensor that holds anything; None where there is no room for it, or none of its dtype."""
+        size = math.prod(shape)
+        lines = -(-size // self._LINE) * self._LINE
+        if dtype != self._free.dtype or lines > len(self._free):
+            return None
+        part, self._free = self._free[:size], self._free[lines:]
+        return part.view(shape)

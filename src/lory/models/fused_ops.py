@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lory.lora.fp8 import Rounded, multiply, multiply_back, round_rows
+from lory.models.fused_memory import Room
 
 
 def measure_scale(x: Tensor, eps: float) -> Tensor:
@@ -44,17 +44,18 @@ def add_normalise_gradient(total: Tensor, grad: Tensor, x: Tensor, weight: Tenso
     return total.add_(change)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False, out: Tensor | None = None) -> Tensor:
     """Rotary embedding (Su et al. 2021, arXiv 2104.09864, equation 34) with the halves paired, as transformers does.
 
     Args:
         x: (T, N, D).
         cos, sin: (T, D).
         back: give the transposed product instead, which is the gradient's way.
+        out: (T, N, D) where the result goes; None: memory of its own.
     """
     half = x.shape[-1] // 2
     cos, sin = cos[:, None], sin[:, None]
-    y = x * cos
+    y = torch.mul(x, cos, out=out)
     # y1 = x1 c1 - x2 s1, y2 = x2 c2 + x1 s2; transposed: y1 = x1 c1 + x2 s2, y2 = x2 c2 - x1 s1
     first, second = (sin[..., half:], sin[..., :half]) if back else (sin[..., :half], sin[..., half:])
     sign = 1.0 if back else -1.0
@@ -104,6 +105,11 @@ class Projection:
     bias: Tensor | None
     factors: Factors | None
 
+    @property
+    def outputs(self) -> int:
+        """How many numbers it gives for a token."""
+        return len(self.weight.values if isinstance(self.weight, Rounded) else self.weight)
+
 
 class Kept(NamedTuple):
     """What the backward of an adapter needs beside the layer's input; both None without an adapter."""
@@ -114,19 +120,27 @@ class Kept(NamedTuple):
     """(T, in) what the dropout kept."""
 
 
-def project(x: Tensor, projections: Sequence[Projection], residual: Tensor | None = None) -> list[tuple[Tensor, Kept]]:
+def project(
+    x: Tensor,
+    projections: Sequence[Projection],
+    outs: Sequence[Tensor | None],
+    room: Room,
+    residual: Tensor | None = None,
+) -> list[tuple[Tensor, Kept]]:
     """``W x + bias + scaling * B A dropout(x)`` of each projection: (T, out), and what its backward needs.
 
     Args:
         x: (T, in), the input that the projections share.
+        outs: (T, out) where each output goes; None: memory of its own.
+        room: for what the backward needs.
         residual: (T, out) added to the outputs.
     """
-    narrow = _project_down(x, projections)
+    narrow = _project_down(x, projections, room)
     # once for all that share it
     rounded = round_rows(x) if any(isinstance(p.weight, Rounded) for p in projections) else None
     results = []
-    for projection, shared in zip(projections, narrow, strict=True):
-        y = _project_base(x, rounded, projection, residual)
+    for projection, shared, out in zip(projections, narrow, outs, strict=True):
+        y = _project_base(x, rounded, projection, residual, out)
         kept = shared
         if factors := projection.factors:
             if shared.h is None:
@@ -152,23 +166,27 @@ def _apply_mask(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _add_product(y: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """``y + scaling * left right`` in y's dtype, rounded once; `y` is overwritten where that saves memory."""
+    """``y + scaling * left right`` in place of y, rounded once."""
     precise = torch.promote_types(y.dtype, left.dtype)
-    return y.to(precise).addmm_(left.to(precise), right.to(precise), alpha=scaling).to(y.dtype)
+    total = y.to(precise).addmm_(left.to(precise), right.to(precise), alpha=scaling)
+    return y if total is y else y.copy_(total)
 
 
-def _project_base(x: Tensor, rounded: Rounded | None, projection: Projection, residual: Tensor | None) -> Tensor:
-    """``W x + bias`` in a tensor of its own, with the residual added."""
+def _project_base(
+    x: Tensor, rounded: Rounded | None, projection: Projection, residual: Tensor | None, out: Tensor | None
+) -> Tensor:
+    """``W x + bias`` in `out` or a tensor of its own, with the residual added."""
     weight, bias = projection.weight, projection.bias
     if isinstance(weight, Rounded):
         assert rounded is not None
         y = multiply(rounded, weight, x.dtype)
         y = y if residual is None else y.add_(residual)
-    elif residual is None:
-        return F.linear(x, weight, bias)
-    else:
-        y = torch.addmm(residual, x, weight.t())
-    return y if bias is None else y.add_(bias)
+        y = y if bias is None else y.add_(bias)
+        return y if out is None else out.copy_(y)
+    if residual is not None:
+        y = torch.addmm(residual, x, weight.t(), out=out)
+        return y if bias is None else y.add_(bias)
+    return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 
 def _project_base_back(grads: Sequence[Tensor], projections: Sequence[Projection]) -> Tensor:
@@ -190,13 +208,15 @@ def _sharing(projections: Sequence[Projection]) -> list[Factors]:
     return [p.factors for p in projections if p.factors and not p.factors.dropout]
 
 
-def _project_down(x: Tensor, projections: Sequence[Projection]) -> list[Kept]:
+def _project_down(x: Tensor, projections: Sequence[Projection], room: Room) -> list[Kept]:
     """x A^T of the adapters without dropout, by one product: A's few rows alone leave a CPU waiting."""
     sharing = _sharing(projections)
     if not sharing:
         return [Kept()] * len(projections)
     stacked = torch.cat([factors.lora_A for factors in sharing]) if len(sharing) > 1 else sharing[0].lora_A
-    parts = iter((x.to(stacked.dtype) @ stacked.t()).split([len(factors.lora_A) for factors in sharing], dim=1))
+    out = room.take((len(x), len(stacked)), stacked.dtype)
+    h = torch.mm(x.to(stacked.dtype), stacked.t(), out=out)
+    parts = iter(h.split([len(factors.lora_A) for factors in sharing], dim=1))
     return [Kept(next(parts)) if p.factors and not p.factors.dropout else Kept() for p in projections]
 
 

@@ -51,9 +51,9 @@ class Kernels:
         grad_up = opened.mul_(grad)
         return torch.ops.aten.silu_backward(grad.mul_(up), gate), grad_up
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
-        """Rotary embedding of x (T, N, D) by cos and sin (T, D), or its transposed product."""
-        return rotate(x, cos, sin, back)
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool = False, out: Tensor | None = None) -> Tensor:
+        """Rotary embedding of x (T, N, D) by cos and sin (T, D), or its transposed product; it goes into `out`."""
+        return rotate(x, cos, sin, back, out)
 
 
 PLAIN = Kernels()
@@ -93,9 +93,10 @@ class CompiledKernels(Kernels):
         """As in `Kernels`; nothing is overwritten."""
         return self._gate_back(grad, gate, up)
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool = False, out: Tensor | None = None) -> Tensor:
         """As in `Kernels`."""
-        return self._rotate(x, cos, sin, back)
+        y = self._rotate(x, cos, sin, back)
+        return y if out is None else out.copy_(y)
 
 
 def _normalise_gradient(total: Tensor, grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
