@@ -136,6 +136,12 @@ def test_a_target_of_vanishing_probability_keeps_a_finite_loss() -> None:
     torch.testing.assert_close(ours, theirs)
 
 
+def test_of_equal_logits_in_half_precision_the_first_is_the_choice() -> None:
+    states = torch.tensor([[1.0, 20.0, 20.05], [1.0, 20.05, 20.0]]).bfloat16().requires_grad_()
+    found = [cross_entropy(states, nn.Identity(), torch.tensor([label] * 2)).correct for label in range(3)]
+    assert found == [0, 2, 0]
+
+
 def test_a_chunk_suits_the_device_unless_its_size_is_given() -> None:
     # the meta device stands for an accelerator
     sizes = [choose_chunk(torch.empty(1, device=device), None) for device in ("cpu", "meta")]

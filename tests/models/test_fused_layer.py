@@ -255,6 +255,18 @@ def test_without_gradients_nothing_is_kept(random_model: Callable[..., Any]) -> 
     torch.testing.assert_close(states, run_ordinarily(model, ids).detach())
 
 
+def test_without_gradients_a_layer_gives_its_output_alone(random_model: Callable[..., Any]) -> None:
+    model = prepare(random_model("Llama", **ODD))
+    x, rotation = torch.randn(33, model.config.hidden_size, dtype=torch.float64), torch.randn(2, 33, 10).double()
+    arguments = model.base_model.layers[0], x, *rotation, fused_attention.Seen((0, 33), 0.3)
+    learning = fused_layer.run_layer(*arguments)
+    assert learning.untyped_storage().nbytes() > 4 * 8 * learning.numel()
+    with torch.no_grad():
+        z = fused_layer.run_layer(*arguments)
+    assert z.untyped_storage().nbytes() == 8 * z.numel()
+    torch.testing.assert_close(z, learning.detach())
+
+
 def test_what_is_kept_grows_with_the_tokens_alone(random_model: Callable[..., Any]) -> None:
     model = prepare(random_model("Llama", **ODD))
     fused = fuse(model)

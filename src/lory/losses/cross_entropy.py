@@ -30,7 +30,8 @@ class LossSum(NamedTuple):
     loss: Tensor
     """() sum of -log p(token), with its gradient."""
     correct: Tensor
-    """() the weight of the tokens that the model would have chosen itself."""
+    """() the weight of the tokens that the model would have chosen itself; of several that are equally likely in fp32,
+    each."""
     weight: Tensor
     """() the learnt tokens' weight: their number, where each counts 1."""
 
@@ -47,7 +48,7 @@ def cross_entropy(
 
     Args:
         hidden: (N, H) states, each of which predicts the label at its own index (already shifted).
-        head: (n, H) -> (n, V) logits, scaling and soft-capping included.
+        head: (n, H) -> (n, V) logits, scaling and soft-capping included; they are overwritten.
         labels: (N) token ids, `IGNORE` where nothing is learnt.
         parameters: the head's own trainable tensors; they get a gradient, too.
         chunk_tokens: how many positions' logits exist at a time; None: as many as suit the device.
@@ -129,22 +130,24 @@ def _score(logits: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Tensor, T
     """Cross-entropy of each row by few passes over the logits, the largest tensor there is.
 
     Args:
-        logits: (n, V); overwritten where they are in fp32 or higher.
+        logits: (n, V); overwritten where that saves memory.
         targets: (n) ids.
 
     Returns:
-        (n) -log p(target) and (n) whether no token is likelier than the target, in fp32 or higher; (n, V) the gradient
-        of the first to the logits in their dtype, softmax - onehot, if it is needed.
+        (n) -log p(target) and (n) whether the target is the likeliest, in fp32 or higher; (n, V) the gradient of the
+        first to the logits in their dtype, softmax - onehot, if it is needed.
     """
     precise = torch.promote_types(logits.dtype, torch.float32)
     at = targets[:, None]
-    # torch's argmax on a CPU takes as long as the softmax, its largest number a tenth of that
+    whole = logits.dtype == precise
     top, own = logits.amax(-1, keepdim=True), logits.gather(1, at)
-    target = logits if logits.dtype == precise else None
-    probabilities = torch.softmax(logits, -1, dtype=precise, out=target)
+    # torch's argmax on a CPU takes as long as the softmax, the largest number a tenth of that; but in half precision
+    # several tokens often share it
+    right = own >= top if whole else logits.argmax(-1, keepdim=True) == at
+    probabilities = torch.softmax(logits, -1, dtype=precise, out=logits if whole and logits.is_cpu else None)
     # the likeliest token's probability is at least 1 / V, so this logarithm of the sum does not suffer from underflow
     total = top.to(precise) - probabilities.amax(-1, keepdim=True).log()
-    each, right = (total - own.to(precise)).squeeze(1), (own >= top).squeeze(1)
+    each, right = (total - own.to(precise)).squeeze(1), right.squeeze(1)
     if not needs_grad:
         return each, right, None
     probabilities.scatter_add_(1, at, probabilities.new_full(at.shape, -1.0))

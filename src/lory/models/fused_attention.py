@@ -32,7 +32,7 @@ _WHOLE_IMAGE = 1024
 # A document with so many scores, all heads' together, or fewer goes with others: in fp32 its products are work enough
 # from 9 heads of 30 tokens on, in half precision from 6 of 115
 _FEW_SCORES, _FEW_HALF_SCORES = 8_000, 80_000
-# Scores of a head that blocks of one shape have together at most, since all are in memory at a time
+# Scores of a head that several blocks of one shape have together at most, since all are in memory at a time
 _MOST_SCORES = 2**18
 
 

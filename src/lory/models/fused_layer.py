@@ -35,6 +35,10 @@ MLP = ("gate_proj", "up_proj", "down_proj")
 PART_TOKENS = 1024
 
 
+How = tuple[Seen, Kernels, Tensor | None, bool]
+"""Who sees whom, by which kernels, which tokens are wanted, and whether gradients are."""
+
+
 class Opened(NamedTuple):
     """What the MLP keeps of a part of the tokens."""
 
@@ -162,7 +166,9 @@ def run_layer(
         if adapted:
             tensors += [part.lora_A, part.lora_B]
         settings.append((part.scaling, part.lora_dropout if part.training else 0.0) if adapted else None)
-    y: Tensor = _FusedLayer.apply(x, cos, sin, module, parts, settings, (seen, kernels, wanted), *tensors)
+    # inside of the function gradients are always off, so it cannot tell an evaluation itself
+    how = seen, kernels, wanted, torch.is_grad_enabled()
+    y: Tensor = _FusedLayer.apply(x, cos, sin, module, parts, settings, how, *tensors)
     return y
 
 
@@ -170,10 +176,10 @@ def _describe(
     module: nn.Module,
     parts: Sequence[nn.Module],
     settings: Sequence[tuple[float, float] | None],
-    how: tuple[Seen, Kernels, Tensor | None],
+    how: How,
     tensors: Sequence[Tensor],
 ) -> Layer:
-    given, (seen, kernels, wanted) = iter(tensors), how
+    given, (seen, kernels, wanted, _) = iter(tensors), how
     projections = [
         Projection(
             part.rounded if isinstance(part, LinearFp8) else part.weight,
@@ -217,11 +223,11 @@ class _FusedLayer(torch.autograd.Function):
         module: nn.Module,
         parts: Sequence[nn.Module],
         settings: Sequence[tuple[float, float] | None],
-        how: tuple[Seen, Kernels, Tensor | None],
+        how: How,
         *tensors: Tensor,
     ) -> Tensor:
         layer = _describe(module, parts, settings, how, _cast(tensors, x))
-        learning = any(ctx.needs_input_grad)
+        learning = how[-1] and any(ctx.needs_input_grad)
         room = layer.room(x) if learning else Room(x)
         middle, first, kept, ctx.recorded = _forward_attention(layer, x, cos, sin, room, learning)
         z, opened = _forward_mlp(layer, middle, room)

@@ -1,4 +1,4 @@
-"""Memory of a training step on a CPU: where a layer's kept tensors lie, and that freed pages stay with the process."""
+"""Memory of a training step on a CPU: where a layer's kept tensors lie, and that freed pages stay."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def keep_freed_memory() -> bool:
 
 
 class Room:
-    """Memory in one piece for what a layer keeps until its backward pass.
+    """Memory in one piece for the wide tensors that a layer keeps until its backward pass.
 
     Tensors that stay, each allocated among others that go, leave gaps that the next layer's do not fit: a layer of
     2,048 tokens of SmolLM2 keeps 42 MB, and in one run of two 2.5 MB more lay idle.

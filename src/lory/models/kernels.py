@@ -52,7 +52,7 @@ class Kernels:
         return torch.ops.aten.silu_backward(grad.mul_(up), gate), grad_up
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, back: bool = False, out: Tensor | None = None) -> Tensor:
-        """Rotary embedding of x (T, N, D) by cos and sin (T, D), or its transposed product; it goes into `out`."""
+        """Rotary embedding of x (T, N, D) by cos and sin (T, D), or its transposed product, in `out` if given."""
         return rotate(x, cos, sin, back, out)
 
 

@@ -214,7 +214,7 @@ def estimate_memory(prepared: Prepared, rows: Sequence[Sequence[int]]) -> dict[s
         "base_weights": base_bytes,
         "adapter_and_optimizer": trained_bytes,
         "activations": tokens * per_token * dtype.itemsize,
-        # logits, their softmax and gradient, in fp32
+        # logits, their softmax and gradient, in fp32; on a CPU the likelihood alone holds one of them at a time
         "logits": CHUNK_TOKENS * text.vocab_size * 4 * 3,
     }
     return {**parts, "total": sum(parts.values())}
