@@ -32,7 +32,7 @@ class Room:
     """Memory in one piece for the wide tensors that a layer keeps until its backward pass.
 
     Tensors that stay, each allocated among others that go, leave gaps that the next layer's do not fit: a layer of
-    2,048 tokens of SmolLM2 keeps 42 MB, and in one run of two 2.5 MB more lay idle.
+    2,048 tokens of SmolLM2 keeps 42 MB, and in some runs 2.5 MB more lay idle.
     """
 
     # numbers: every tensor begins with a cache line of its own
